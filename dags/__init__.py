@@ -1,0 +1,1 @@
+"""Airflow DAGs, drawn from the pipeline graph (thin; no torch)."""
