@@ -99,7 +99,7 @@ def test_math_works_outside_the_main_thread() -> None:
 
 
 def test_unknown_check_names_itself() -> None:
-    with pytest.raises(UnknownCheck, match="'open'.*judge"):
+    with pytest.raises(UnknownCheck, match=r"'open'.*judge"):
         is_correct("a", "a", "open")
 
 

@@ -31,4 +31,5 @@ def test_every_published_distance_falls() -> None:
 
 def test_the_report_object_is_json() -> None:
     text = json.dumps(paper_tables.for_report())
-    assert "70.31" in text and "1.42" in text
+    assert "70.31" in text
+    assert "1.42" in text
