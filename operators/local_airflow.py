@@ -1,0 +1,136 @@
+"""Airflow's four components on one machine, on loopback, with all state in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from operators.airflow_client import AirflowClient
+from operators.processes import MARKER, Services, free_ports, tail
+
+COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
+HEALTH_NAMES = ("metadatabase", "scheduler", "dag_processor", "triggerer")
+START_TIMEOUT_S = 180.0
+
+
+class AirflowStartError(RuntimeError):
+    """Airflow did not come up; the message says which part and shows its log."""
+
+
+def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, str]:
+    """The variables that make the four components one small private Airflow.
+
+    Few processes and short sleeps: a stage of the tiny recipe takes seconds, so the hand-over
+    between tasks counts, and the memory belongs to the stages.
+    """
+    url = f"http://127.0.0.1:{port}"
+    airflow = {
+        "CORE__DAGS_FOLDER": str(dags_folder),
+        "CORE__EXECUTOR": "LocalExecutor",
+        "CORE__LOAD_EXAMPLES": "False",
+        "CORE__PARALLELISM": "2",
+        "CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
+        "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
+        "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(home / "airflow" / "passwords.json"),
+        "API__HOST": "127.0.0.1",
+        "API__PORT": str(port),
+        "API__BASE_URL": url,
+        "API__WORKERS": "1",
+        "API__INSTANCE_NAME": "Sailyard",
+        "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow/airflow.db",
+        "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.1",
+        "SCHEDULER__ENABLE_HEALTH_CHECK": "False",
+        # A killed demo leaves running tasks behind; the next one must not wait minutes for them.
+        "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
+        "USAGE_DATA_COLLECTION__ENABLED": "False",
+    }
+    return {
+        **os.environ,
+        "AIRFLOW_HOME": str(home / "airflow"),
+        **{f"AIRFLOW__{key}": value for key, value in airflow.items()},
+        "SAILYARD_HOME": str(home),
+        MARKER: str(home),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        # Airflow renames its processes; by default that overwrites the environment which shows
+        # that a process is ours.
+        "SPT_NOENV": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class LocalAirflow:
+    """One private Airflow. The caller owns ``services`` and stops them."""
+
+    def __init__(self, home: Path, dags_folder: Path, services: Services) -> None:
+        self._services = services
+        (port,) = free_ports(1)
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = airflow_environment(home, dags_folder, port)
+        self.logs = home / "airflow" / "logs"
+        self.client = AirflowClient(self.url)
+
+    def start(self, dag_id: str) -> None:
+        """Migrate the database, start the components, wait until ``dag_id`` can be triggered.
+
+        Raises:
+            AirflowStartError: a component is not healthy in time, or a DAG file does not import.
+            ServiceDied: a component ended.
+        """
+        self._migrate()
+        for component in COMPONENTS:
+            # The log servers would listen on every interface; the API server reads the files.
+            skip = ["--skip-serve-logs"] if component in ("scheduler", "triggerer") else []
+            self._services.start(
+                f"airflow {component}",
+                [sys.executable, "-m", "airflow", component, *skip],
+                self.environment,
+                self.logs / f"{component}.log",
+            )
+        self._wait_healthy()
+        self.client.login()
+        self._wait_for_dag(dag_id)
+
+    def _migrate(self) -> None:
+        log = self.logs / "migrate.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as sink:
+            done = subprocess.run(
+                [sys.executable, "-m", "airflow", "db", "migrate"],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise AirflowStartError(f"`airflow db migrate` failed; {log} ends with:\n{tail(log)}")
+
+    def _wait_healthy(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            self._services.check()
+            health = self.client.health()
+            if all(health.get(name) == "healthy" for name in HEALTH_NAMES):
+                return
+            if time.monotonic() > deadline:
+                raise AirflowStartError(
+                    f"Airflow is not healthy after {START_TIMEOUT_S:.0f} s: {json.dumps(health)}; "
+                    f"its logs are in {self.logs}"
+                )
+            time.sleep(0.3)
+
+    def _wait_for_dag(self, dag_id: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self.client.dag_is_known(dag_id):
+            self._services.check()
+            errors = self.client.import_errors()
+            if errors or time.monotonic() > deadline:
+                why = "\n".join(errors) or f"not parsed within {START_TIMEOUT_S:.0f} s"
+                raise AirflowStartError(f"Airflow does not know the DAG {dag_id}: {why}")
+            time.sleep(0.3)
