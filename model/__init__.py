@@ -1,0 +1,1 @@
+"""The network: SAIL-ViT, adapter, Qwen3 decoder, processor, chat format, generation."""

@@ -1,0 +1,193 @@
+"""Checkpoints in and out: whole models, towers and language models, safetensors only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.utils import logging as hf_logging
+
+from model.config import SailViTConfig, SailVLConfig
+from model.modeling import SailVLForConditionalGeneration
+from model.processor import SailVLProcessor
+from model.tokenizer import load_tokenizer
+from model.vision import SailViT
+
+SHARD_SIZE = "4GB"
+LANGUAGE_TYPES = ("qwen3", "qwen3_moe")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint directory that is not what the caller takes it for."""
+
+
+def build_language(config: Qwen3Config | Qwen3MoeConfig, seed: int = 0) -> PreTrainedModel:
+    """A decoder with random weights, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def build_vision(config: SailViTConfig, seed: int = 0) -> SailViT:
+    """A tower with random weights, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SailViT._from_config(config, attn_implementation="sdpa")
+
+
+def build_model(
+    vision: SailViT | SailViTConfig,
+    language: PreTrainedModel | Qwen3Config | Qwen3MoeConfig,
+    *,
+    image_token_id: int,
+    downsample: int = 2,
+    router_global_balance: bool = True,
+    seed: int = 0,
+) -> SailVLForConditionalGeneration:
+    """Join a tower and a decoder with a fresh adapter.
+
+    Trained modules are taken over as they are (not copied); configs give random weights. The
+    adapter depends on the seed only.
+
+    Args:
+        vision: tower or its config.
+        language: Qwen3 or Qwen3-MoE causal language model, or its config.
+        image_token_id: id of `<IMG_CONTEXT>` (`SailVLProcessor.image_token_id`).
+        downsample: side of the merged square, patches.
+        router_global_balance: see `SailVLConfig`.
+        seed: of the random weights.
+
+    Raises:
+        CheckpointError: the decoder is no Qwen3.
+    """
+    vision_config = vision.config if isinstance(vision, PreTrainedModel) else vision
+    text_config = language.config if isinstance(language, PreTrainedModel) else language
+    _check_language(text_config.model_type, "the decoder given")
+    config = SailVLConfig(
+        vision_config=vision_config.to_dict(),
+        text_config=text_config.to_dict(),
+        image_token_id=image_token_id,
+        downsample=downsample,
+        router_global_balance=router_global_balance,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SailVLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    if isinstance(vision, PreTrainedModel):
+        model.vision_model.load_state_dict(vision.state_dict())
+    if isinstance(language, PreTrainedModel):
+        model.language_model.load_state_dict(language.state_dict())
+    return model
+
+
+def save_model(
+    directory: str | Path, model: SailVLForConditionalGeneration, processor: SailVLProcessor
+) -> None:
+    """Write config, weights, tokenizer and processor; equal models give equal bytes."""
+    _save(directory, model)
+    processor.save(directory)
+
+
+def load_model(
+    directory: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[SailVLForConditionalGeneration, SailVLProcessor]:
+    """Read what `save_model` wrote; the model comes in eval mode.
+
+    Raises:
+        CheckpointError: no config, or a different kind of model.
+        ProcessorError, TokenizerError: the processor's files are missing.
+    """
+    _check_type(directory, ("sailvl",))
+    with _quiet():
+        model = SailVLForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, attn_implementation="sdpa"
+        )
+    return model, SailVLProcessor.load(directory)
+
+
+def save_vision(directory: str | Path, vision: SailViT) -> None:
+    """Write a tower alone."""
+    _save(directory, vision)
+
+
+def load_vision(directory: str | Path, dtype: torch.dtype = torch.float32) -> SailViT:
+    """Read a tower: one of ours or an AIMv2 encoder in transformers' layout.
+
+    Raises:
+        CheckpointError: a different kind of model.
+    """
+    _check_type(directory, ("sailvit", "aimv2_vision_model"))
+    with _quiet():
+        return SailViT.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+
+
+def save_language(
+    directory: str | Path, language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write a decoder with its tokenizer, as any Qwen3 checkpoint."""
+    _save(directory, language)
+    tokenizer.save_pretrained(directory)
+
+
+def load_language(
+    directory: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a Qwen3 or Qwen3-MoE causal language model and its tokenizer.
+
+    Raises:
+        CheckpointError: a different kind of model.
+        TokenizerError: no tokenizer, or not Qwen's.
+    """
+    _check_type(directory, LANGUAGE_TYPES)
+    with _quiet():
+        language = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation="sdpa"
+        )
+    return language, load_tokenizer(directory)
+
+
+def _save(directory: str | Path, model: PreTrainedModel) -> None:
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar in a log file, where each of its steps would be a line."""
+    was_on = hf_logging.is_progress_bar_enabled()
+    if was_on and not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            hf_logging.enable_progress_bar()
+
+
+def _check_type(directory: str | Path, expected: tuple[str, ...]) -> None:
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} holds no config.json; is it a checkpoint directory?")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    found = config.get("model_type")
+    if found not in expected:
+        raise CheckpointError(
+            f"{directory} holds a {found!r} model where {' or '.join(expected)} is needed"
+        )
+
+
+def _check_language(model_type: str, what: str) -> None:
+    if model_type not in LANGUAGE_TYPES:
+        raise CheckpointError(f"{what} is {model_type!r}; use {' or '.join(LANGUAGE_TYPES)}")

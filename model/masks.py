@@ -1,0 +1,61 @@
+"""Attention masks and positions of packed and padded rows."""
+
+from __future__ import annotations
+
+import torch
+
+
+def block_mask(segment_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Causal inside a segment, blind to every other one.
+
+    Args:
+        segment_ids_BT: [B, T] integers; equal numbers in a row are one sample, 0 is padding.
+
+    Returns:
+        [B, 1, T, T] bool, True where a query may look. Padding looks at itself only: a row of
+        attention with no key at all would be NaN.
+    """
+    length = segment_ids_BT.shape[1]
+    same = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+    same = same & (segment_ids_BT != 0)[:, None, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BT.device).tril_()
+    diagonal = torch.eye(length, dtype=torch.bool, device=segment_ids_BT.device)
+    return (same & causal) | diagonal
+
+
+def block_positions(segment_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Positions that start again at 0 in every segment.
+
+    Args:
+        segment_ids_BT: [B, T]; the tokens of a segment are adjacent.
+
+    Returns:
+        [B, T] int64.
+    """
+    length = segment_ids_BT.shape[1]
+    index = torch.arange(length, device=segment_ids_BT.device).expand_as(segment_ids_BT)
+    starts = torch.ones_like(segment_ids_BT, dtype=torch.bool)
+    starts[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    first = torch.where(starts, index, 0).cummax(dim=1).values
+    return index - first
+
+
+def padding_positions(padding_mask_BT: torch.Tensor) -> torch.Tensor:
+    """Positions that count real tokens only, so left padding shifts nothing: [B, T] int64."""
+    return (padding_mask_BT.long().cumsum(dim=1) - 1).clamp_min(0)
+
+
+def real_tokens(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Which tokens are not padding.
+
+    Args:
+        attention_mask: [B, T], or a [B, 1, T, T] bool mask of `block_mask`.
+
+    Returns:
+        [B, T] bool. In a block mask, padding is what sees one key and is seen by one query; a
+        sample of a single token looks the same and counts as padding.
+    """
+    if attention_mask.ndim == 2:
+        return attention_mask.bool()
+    mask = attention_mask[:, 0]
+    return (mask.sum(dim=2) > 1) | (mask.sum(dim=1) > 1)

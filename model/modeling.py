@@ -1,0 +1,329 @@
+"""The vision-language model: SAIL-ViT, adapter and a Qwen3 or Qwen3-MoE decoder.
+
+Shape suffixes: B rows, T tokens of a row, D decoder width, V vocabulary, M labelled tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from model.adapter import Adapter
+from model.config import SailVLConfig
+from model.masks import padding_positions, real_tokens
+from model.moe import balance_loss
+from model.vision import SailViT
+
+PARTS = ("vision", "adapter", "language")
+IGNORE = -100  # label of a token that carries no loss
+
+
+@dataclass
+class SailVLOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: scalar, mean of `loss_per_token` plus `aux_loss`; None without labels.
+        logits: [B, T, V] (or the last `logits_to_keep` positions); with labels [M, V], only where
+            a label is, in the order of `label_rows` and `label_cols`.
+        loss_per_token: [M] float32, -log probability of each labelled token.
+        label_rows, label_cols: [M] int64, where in `labels` each labelled token stands.
+        aux_loss: scalar, the router balance loss times its coefficient; None on dense models
+            and without `output_router_logits`.
+        router_logits: one [B * T, E] tensor per expert layer.
+        past_key_values: the cache, with `use_cache`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    loss_per_token: torch.Tensor | None = None
+    label_rows: torch.Tensor | None = None
+    label_cols: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    past_key_values: Cache | None = None
+
+
+def language_forward(
+    language_model: PreTrainedModel,
+    inputs_embeds: torch.Tensor,
+    *,
+    position_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+    use_cache: bool = False,
+    logits_to_keep: int = 0,
+    output_router_logits: bool | None = None,
+    global_balance: bool = False,
+) -> SailVLOutput:
+    """Run a Qwen3 or Qwen3-MoE causal language model on embeddings; shapes as in `SailVLOutput`.
+
+    The decoder's own loss is not used: it would make logits for every position, and its balance
+    loss forgets 1/k and pools the layers.
+
+    Args:
+        inputs_embeds: [B, T, D].
+        position_ids: [B, T]; by default counted from the mask.
+        attention_mask: [B, T] with 0 for padding, or [B, 1, T, T] bool (`block_mask`).
+        labels: [B, T], token ids aligned with the input (shifted here), -100 for no loss.
+        logits_to_keep: without labels, how many last positions get logits; 0 means all.
+        output_router_logits: expert models only; by default on when there are labels.
+        global_balance: sum the routing statistics over ranks.
+    """
+    config = language_model.config
+    is_moe = config.model_type == "qwen3_moe"
+    wants_router = is_moe and (
+        output_router_logits if output_router_logits is not None else labels is not None
+    )
+    if position_ids is None and attention_mask is not None and past_key_values is None:
+        position_ids = _positions(attention_mask)
+    extra = {"output_router_logits": True} if wants_router else {}
+    decoded = language_model.model(
+        inputs_embeds=inputs_embeds,
+        attention_mask=_for_backend(attention_mask, config, inputs_embeds.dtype),
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        **extra,
+    )
+    out = SailVLOutput(past_key_values=decoded.past_key_values if use_cache else None)
+    hidden_BTD = decoded.last_hidden_state
+    if wants_router:
+        out.router_logits = tuple(decoded.router_logits)
+        real = None if attention_mask is None else real_tokens(attention_mask).reshape(-1)
+        out.aux_loss = balance_loss(
+            out.router_logits,
+            config.num_experts_per_tok,
+            real,
+            config.router_aux_loss_coef,
+            all_reduce=global_balance,
+        )
+    if labels is None:
+        kept = hidden_BTD[:, -logits_to_keep:] if logits_to_keep else hidden_BTD
+        out.logits = language_model.lm_head(kept)
+        return out
+    rows, cols = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    out.label_rows, out.label_cols = rows, cols + 1
+    out.logits = language_model.lm_head(hidden_BTD[rows, cols])
+    targets = labels[rows, cols + 1]
+    out.loss_per_token = F.cross_entropy(out.logits.float(), targets, reduction="none")
+    # A batch with nothing to learn has loss 0 (not NaN) and still reaches every parameter.
+    out.loss = out.loss_per_token.sum() / max(1, targets.numel())
+    if targets.numel() == 0:
+        out.loss = out.loss + hidden_BTD.sum() * 0.0
+    if out.aux_loss is not None:
+        out.loss = out.loss + out.aux_loss
+    return out
+
+
+def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    if attention_mask.ndim == 2:
+        return padding_positions(attention_mask)
+    return attention_mask[:, 0].sum(dim=-1) - 1  # a token sees exactly its sample's past
+
+
+def _for_backend(mask: torch.Tensor | None, config: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    """Bool block masks mean the same to sdpa only; eager would *add* them to the scores."""
+    if mask is None or mask.ndim == 2:
+        return mask
+    backend = config._attn_implementation
+    if backend == "sdpa":
+        return mask
+    if backend == "eager":
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    raise ValueError(
+        f"attention backend {backend!r} takes no block mask; load the model with "
+        f"attn_implementation='sdpa' (or 'eager')"
+    )
+
+
+class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """SAIL-VL2: `vision_model` (SAIL-ViT), `mlp1` (adapter), `language_model` (decoder).
+
+    Module names are those of the released checkpoint.
+    """
+
+    config_class = SailVLConfig
+    config: SailVLConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules: ClassVar = ["Aimv2EncoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _tied_weights_keys: ClassVar = {
+        "language_model.lm_head.weight": "language_model.model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: SailVLConfig) -> None:
+        super().__init__(config)
+        vision, text = config.vision_config, config.text_config
+        self.vision_model = SailViT(vision)
+        self.mlp1 = Adapter(vision.hidden_size, text.hidden_size, config.downsample)
+        self.language_model = AutoModelForCausalLM.from_config(text)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The three parts that recipes freeze and train by name."""
+        return {"vision": self.vision_model, "adapter": self.mlp1, "language": self.language_model}
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Tiles [N, 3, S, S] -> visual tokens [N, tokens_per_tile, D]."""
+        tokens: torch.Tensor = self.mlp1(self.vision_model.encode(pixel_values))
+        return tokens
+
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Token embeddings with the visual tokens in place of <IMG_CONTEXT>.
+
+        Tiles are taken in the order their placeholders stand, row after row. In training, a
+        batch without images still runs one blank tile, times zero: ranks that differ in modality
+        would otherwise wait for each other's gradients for ever.
+
+        Args:
+            input_ids: [B, T].
+            pixel_values: [N, 3, S, S], or None.
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            ValueError: placeholders and tiles do not match.
+        """
+        embeds: torch.Tensor = self.get_input_embeddings()(input_ids)
+        slots = (input_ids.reshape(-1) == self.config.image_token_id).nonzero()[:, 0]
+        num_tiles = 0 if pixel_values is None else pixel_values.shape[0]
+        expected = num_tiles * self.config.tokens_per_tile
+        if slots.numel() != expected:
+            raise ValueError(
+                f"{slots.numel()} <IMG_CONTEXT> tokens for {num_tiles} tiles of "
+                f"{self.config.tokens_per_tile} tokens each (= {expected}): a row was cut inside "
+                f"an image, or pixel_values were left out"
+            )
+        if pixel_values is None or num_tiles == 0:
+            return embeds + self._untouched_vision(embeds) if self.training else embeds
+        visual = self.encode_images(pixel_values.to(self.mlp1[1].weight.dtype))
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        flat = flat.index_copy(0, slots, visual.reshape(-1, visual.shape[-1]).to(flat.dtype))
+        return flat.view_as(embeds)
+
+    def _untouched_vision(self, like: torch.Tensor) -> torch.Tensor:
+        size = self.config.vision_config.image_size
+        blank = like.new_zeros(1, 3, size, size, dtype=self.mlp1[1].weight.dtype)
+        return self.encode_images(blank).sum().to(like.dtype) * 0.0
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = False,
+        logits_to_keep: int = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> SailVLOutput:
+        """Embed, place visual tokens, decode; see `embed`, `language_forward`, `SailVLOutput`.
+
+        Args:
+            input_ids: [B, T].
+            pixel_values: [N, 3, S, S] in placeholder order, or None.
+            attention_mask: [B, T] padding mask, or [B, 1, T, T] bool of `block_mask`.
+            position_ids: [B, T]; by default counted from the mask.
+            inputs_embeds: [B, T, D] instead of input_ids and pixel_values.
+            labels: [B, T] aligned with input_ids, -100 for no loss. Logits are then made for
+                labelled positions only.
+
+        Raises:
+            ValueError: placeholders and tiles do not match, or neither ids nor embeddings given.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("forward needs input_ids or inputs_embeds")
+            inputs_embeds = self.embed(input_ids, pixel_values)
+        return language_forward(
+            self.language_model,
+            inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+            logits_to_keep=logits_to_keep,
+            output_router_logits=output_router_logits,
+            global_balance=self.config.router_global_balance,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand the pixels over with the prompt only; later steps hold no placeholder."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and inputs.get("use_cache", True):
+            inputs["pixel_values"] = None
+        return inputs
+
+
+def freeze_except(model: SailVLForConditionalGeneration, parts: Iterable[str]) -> None:
+    """Make exactly the named parts trainable.
+
+    Raises:
+        ValueError: a name is not one of vision, adapter, language.
+    """
+    wanted = set(parts)
+    unknown = sorted(wanted - set(PARTS))
+    if unknown:
+        raise ValueError(f"unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+    for name, module in model.parts().items():
+        module.requires_grad_(name in wanted)
+
+
+def part_digests(model: SailVLForConditionalGeneration) -> dict[str, str]:
+    """sha256 of each part's tensors (name, dtype, shape, bytes), to prove what a stage changed."""
+    return {name: module_digest(module) for name, module in model.parts().items()}
+
+
+def module_digest(module: nn.Module) -> str:
+    """sha256 over a module's state: name, dtype, shape and bytes of every tensor, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()
+
+
+AutoModelForImageTextToText.register(SailVLConfig, SailVLForConditionalGeneration, exist_ok=True)

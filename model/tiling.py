@@ -1,0 +1,80 @@
+"""Cut an image into square tiles: dynamic tiling of the released processor. No torch here."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+
+
+@lru_cache(maxsize=32)
+def candidate_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Every (columns, rows) of 1 to max_tiles tiles, fewest tiles first."""
+    grids = {
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles + 1)
+        if columns * rows <= max_tiles
+    }
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
+
+
+def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
+    """The (columns, rows) whose aspect ratio is nearest to the image's.
+
+    On an exact tie the larger grid wins only when the image has more than half its pixels.
+
+    Args:
+        width, height: of the image, in pixels.
+        tile_size: side of a tile, in pixels.
+        max_tiles: most tiles, thumbnail not counted.
+    """
+    aspect = width / height
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in candidate_grids(max_tiles):
+        distance = abs(aspect - columns / rows)
+        large = width * height > 0.5 * tile_size * tile_size * columns * rows
+        if distance < best_distance or (distance == best_distance and large):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def tile_image(
+    image: Image.Image, tile_size: int, max_tiles: int, use_thumbnail: bool
+) -> list[Image.Image]:
+    """Tiles row-major, then the whole image once more as the last tile when there are several.
+
+    Args:
+        image: RGB.
+        tile_size: side of a tile, in pixels.
+        max_tiles: 1 gives one squeezed tile (video frames, judges).
+        use_thumbnail: append the thumbnail.
+    """
+    columns, rows = choose_grid(image.width, image.height, tile_size, max_tiles)
+    resized = _resize(image, columns * tile_size, rows * tile_size)
+    tiles = [
+        resized.crop((x, y, x + tile_size, y + tile_size))
+        for y in range(0, rows * tile_size, tile_size)
+        for x in range(0, columns * tile_size, tile_size)
+    ]
+    if use_thumbnail and len(tiles) > 1:
+        tiles.append(_resize(image, tile_size, tile_size))
+    return tiles
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def to_pixels(tiles: list[Image.Image]) -> np.ndarray:
+    """[n, 3, S, S] float32 with ImageNet mean and deviation taken out."""
+    stacked = np.stack([np.asarray(tile.convert("RGB"), dtype=np.float32) for tile in tiles])
+    scale = 1.0 / (255.0 * IMAGENET_STD)
+    pixels = stacked * scale - IMAGENET_MEAN / IMAGENET_STD
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
