@@ -127,9 +127,9 @@ def visual_tokens(
     before: list[torch.Tensor] = []
     after: list[torch.Tensor] = []
     for batch in pixels.split(TILE_BATCH):
-        vit_NPC, adapted_NQD = model.visual_features(batch)
+        vit_NPC = model.vision_model.encode(batch.to(model.dtype))
         before.append(vit_NPC.flatten(0, 1))
-        after.append(adapted_NQD.flatten(0, 1))
+        after.append(model.mlp1(vit_NPC).flatten(0, 1))
     model.train(was_training)
     per_tile = sum(map(len, after)) // len(pixels)
     counts = [len(tile) * per_tile for tile in tiles]
