@@ -1,0 +1,1 @@
+"""MicroWorld: a small rendered world whose truth is known, with real inputs beside it."""

@@ -1,0 +1,56 @@
+"""The data sets of the small world, as streams of samples drawn from one generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from curation.world.items import (
+    ask_skill,
+    caption_of,
+    caption_sample,
+    qa_sample,
+    questions_of,
+    render,
+    sample_subject,
+)
+from curation.world.scene import pick_weighted
+from sailyard.samples import SKILLS, Sample
+
+# Shares of the reference set, our choice: shapes carry most skills, photographs need the fewest.
+REFERENCE_WEIGHTS: dict[str, float] = {
+    "microworld": 0.54,
+    "digits": 0.16,
+    "words": 0.09,
+    "charts": 0.11,
+    "photos": 0.04,
+    "video": 0.06,
+}
+MIN_TURNS, MAX_TURNS = 6, 8
+
+
+def reference_samples(
+    num_images: int,
+    rng: np.random.Generator,
+    image_size: int,
+    weights: Mapping[str, float] = REFERENCE_WEIGHTS,
+) -> Iterator[Sample]:
+    """Clean, densely annotated data: for each image one sample of up to 8 QA turns and one caption.
+
+    The two are separate samples, so that no answer can be copied from a caption in the context.
+    Yields 2 * `num_images` samples.
+    """
+    for i in range(num_images):
+        item = render(sample_subject(pick_weighted(rng, weights), rng), image_size)
+        num = MIN_TURNS + int(rng.random() * (MAX_TURNS - MIN_TURNS + 1))
+        yield qa_sample(f"ref-{i:06d}-qa", item, questions_of(item.subject, rng, num))
+        yield caption_sample(f"ref-{i:06d}-cap", item, caption_of(item.subject, rng), rng)
+
+
+def heldout_samples(per_skill: int, rng: np.random.Generator, image_size: int) -> Iterator[Sample]:
+    """`per_skill` single questions for every skill, on layouts that training never sees."""
+    for skill in SKILLS:
+        for i in range(per_skill):
+            subject, qa = ask_skill(skill, rng, heldout=True)
+            yield qa_sample(f"heldout-{skill}-{i:05d}", render(subject, image_size), [qa])
