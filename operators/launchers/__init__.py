@@ -1,0 +1,22 @@
+"""Launchers: where the process of a stage runs."""
+
+from __future__ import annotations
+
+from operators.launchers.base import JobState, Launcher, StageJob
+from operators.launchers.local import LocalLauncher
+
+LAUNCHERS = ("local",)
+"""Names that ``make_launcher`` knows."""
+
+__all__ = ["LAUNCHERS", "JobState", "Launcher", "LocalLauncher", "StageJob", "make_launcher"]
+
+
+def make_launcher(name: str) -> Launcher:
+    """The launcher of that name.
+
+    Raises:
+        ValueError: There is none; the message lists those there are.
+    """
+    if name == "local":
+        return LocalLauncher()
+    raise ValueError(f"there is no launcher {name!r}; choose from: {', '.join(LAUNCHERS)}")
