@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from model.attention import BACKEND
 from model.config import SailViTConfig, SailVLConfig
 from model.modeling import SailVLForConditionalGeneration
 from model.processor import SailVLProcessor
@@ -25,6 +26,8 @@ from model.tokenizer import load_tokenizer
 from model.vision import SailViT
 
 SHARD_SIZE = "4GB"
+# Packed rows are cheap in the decoder's own backend; everything else is plain sdpa.
+ATTENTION = {"": "sdpa", "vision_config": "sdpa", "text_config": BACKEND}
 LANGUAGE_TYPES = ("qwen3", "qwen3_moe")
 
 
@@ -36,7 +39,7 @@ def build_language(config: Qwen3Config | Qwen3MoeConfig, seed: int = 0) -> PreTr
     """A decoder with random weights, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, attn_implementation=BACKEND)
 
 
 def build_vision(config: SailViTConfig, seed: int = 0) -> SailViT:
@@ -83,7 +86,7 @@ def build_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SailVLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+        model = SailVLForConditionalGeneration._from_config(config, attn_implementation=ATTENTION)
     if isinstance(vision, PreTrainedModel):
         model.vision_model.load_state_dict(vision.state_dict())
     if isinstance(language, PreTrainedModel):
@@ -111,7 +114,7 @@ def load_model(
     _check_type(directory, ("sailvl",))
     with _quiet():
         model = SailVLForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, attn_implementation="sdpa"
+            directory, dtype=dtype, attn_implementation=ATTENTION
         )
     return model, SailVLProcessor.load(directory)
 
@@ -152,7 +155,7 @@ def load_language(
     _check_type(directory, LANGUAGE_TYPES)
     with _quiet():
         language = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation="sdpa"
+            directory, dtype=dtype, attn_implementation=BACKEND
         )
     return language, load_tokenizer(directory)
 

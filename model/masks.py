@@ -40,22 +40,19 @@ def block_positions(segment_ids_BT: torch.Tensor) -> torch.Tensor:
     return index - first
 
 
-def padding_positions(padding_mask_BT: torch.Tensor) -> torch.Tensor:
-    """Positions that count real tokens only, so left padding shifts nothing: [B, T] int64."""
-    return (padding_mask_BT.long().cumsum(dim=1) - 1).clamp_min(0)
-
-
-def real_tokens(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Which tokens are not padding.
+def segments_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Segment ids of any mask the model takes.
 
     Args:
-        attention_mask: [B, T], or a [B, 1, T, T] bool mask of `block_mask`.
+        attention_mask: [B, T] segment ids (a 0/1 padding mask is one segment per row), or a
+            [B, 1, T, T] bool mask of `block_mask`.
 
     Returns:
-        [B, T] bool. In a block mask, padding is what sees one key and is seen by one query; a
-        sample of a single token looks the same and counts as padding.
+        [B, T] int64, 0 for padding. In a block mask, padding is what sees one key and is seen by
+        one query; a sample of a single token looks the same and counts as padding.
     """
     if attention_mask.ndim == 2:
-        return attention_mask.bool()
+        return attention_mask.long()
     mask = attention_mask[:, 0]
-    return (mask.sum(dim=2) > 1) | (mask.sum(dim=1) > 1)
+    keys, queries = mask.sum(dim=2), mask.sum(dim=1)
+    return torch.where((keys > 1) | (queries > 1), (keys == 1).long().cumsum(dim=1), 0)

@@ -23,8 +23,9 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from model.adapter import Adapter
+from model.attention import BACKEND, segment_layout
 from model.config import SailVLConfig
-from model.masks import padding_positions, real_tokens
+from model.masks import block_mask, block_positions, segments_of
 from model.moe import balance_loss
 from model.vision import SailViT
 
@@ -79,7 +80,8 @@ def language_forward(
     Args:
         inputs_embeds: [B, T, D].
         position_ids: [B, T]; by default counted from the mask.
-        attention_mask: [B, T] with 0 for padding, or [B, 1, T, T] bool (`block_mask`).
+        attention_mask: [B, T] segment ids, 0 for padding (a 0/1 padding mask is the case of one
+            sample per row), or [B, 1, T, T] bool (`block_mask`). Samples do not see each other.
         labels: [B, T], token ids aligned with the input (shifted here), -100 for no loss.
         logits_to_keep: without labels, how many last positions get logits; 0 means all.
         output_router_logits: expert models only; by default on when there are labels.
@@ -90,12 +92,16 @@ def language_forward(
     wants_router = is_moe and (
         output_router_logits if output_router_logits is not None else labels is not None
     )
-    if position_ids is None and attention_mask is not None and past_key_values is None:
-        position_ids = _positions(attention_mask)
-    extra = {"output_router_logits": True} if wants_router else {}
+    segments = None
+    if attention_mask is not None and past_key_values is None:
+        segments = segments_of(attention_mask)
+        position_ids = block_positions(segments) if position_ids is None else position_ids
+    extra: dict[str, Any] = {"output_router_logits": True} if wants_router else {}
+    if segments is not None and not use_cache:
+        attention_mask = _for_backend(segments, attention_mask, config, inputs_embeds, extra)
     decoded = language_model.model(
         inputs_embeds=inputs_embeds,
-        attention_mask=_for_backend(attention_mask, config, inputs_embeds.dtype),
+        attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
@@ -105,7 +111,7 @@ def language_forward(
     hidden_BTD = decoded.last_hidden_state
     if wants_router:
         out.router_logits = tuple(decoded.router_logits)
-        real = None if attention_mask is None else real_tokens(attention_mask).reshape(-1)
+        real = None if segments is None else segments.reshape(-1) != 0
         out.aux_loss = balance_loss(
             out.router_logits,
             config.num_experts_per_tok,
@@ -131,24 +137,30 @@ def language_forward(
     return out
 
 
-def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    if attention_mask.ndim == 2:
-        return padding_positions(attention_mask)
-    return attention_mask[:, 0].sum(dim=-1) - 1  # a token sees exactly its sample's past
-
-
-def _for_backend(mask: torch.Tensor | None, config: Any, dtype: torch.dtype) -> torch.Tensor | None:
-    """Bool block masks mean the same to sdpa only; eager would *add* them to the scores."""
-    if mask is None or mask.ndim == 2:
-        return mask
+def _for_backend(
+    segments: torch.Tensor,
+    attention_mask: torch.Tensor,
+    config: Any,
+    inputs_embeds: torch.Tensor,
+    extra: dict[str, Any],
+) -> torch.Tensor | None:
+    """The mask in the form that the decoder's attention takes; may add to `extra`."""
     backend = config._attn_implementation
+    if backend == BACKEND:
+        extra["segments"] = segment_layout(segments)
+        # Any 4-D tensor keeps transformers from making a mask, which nothing would read.
+        return inputs_embeds.new_empty((1, 1, 1, 1), dtype=torch.bool)
+    if attention_mask.ndim == 2 and int(segments.max()) <= 1:
+        return attention_mask
+    mask = attention_mask if attention_mask.ndim == 4 else block_mask(segments)
     if backend == "sdpa":
         return mask
-    if backend == "eager":
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    if backend == "eager":  # adds the mask to the scores
+        lowest = torch.finfo(inputs_embeds.dtype).min
+        return torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill_(~mask, lowest)
     raise ValueError(
-        f"attention backend {backend!r} takes no block mask; load the model with "
-        f"attn_implementation='sdpa' (or 'eager')"
+        f"attention backend {backend!r} takes no packed rows; load the model with "
+        f"attn_implementation='sdpa', 'eager' or '{BACKEND}'"
     )
 
 
@@ -259,7 +271,8 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T].
             pixel_values: [N, 3, S, S] in placeholder order, or None.
-            attention_mask: [B, T] padding mask, or [B, 1, T, T] bool of `block_mask`.
+            attention_mask: [B, T] padding mask or segment ids, or [B, 1, T, T] bool of
+                `block_mask`.
             position_ids: [B, T]; by default counted from the mask.
             inputs_embeds: [B, T, D] instead of input_ids and pixel_values.
             labels: [B, T] aligned with input_ids, -100 for no loss. Logits are then made for
