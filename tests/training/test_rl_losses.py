@@ -106,7 +106,9 @@ def test_gradient_is_the_same_for_every_split(seed: int, num_sequences: int, gsp
             here = torch.isin(sequence, members)
             local = torch.searchsorted(members, sequence[here])
             logprobs = torch.nn.functional.logsigmoid(features[here] @ weight)
-            loss_of(PolicyTokens(logprobs, old[here], local, advantages[members]), size).loss.backward()
+            loss_of(
+                PolicyTokens(logprobs, old[here], local, advantages[members]), size
+            ).loss.backward()
         return weight.grad
 
     whole = gradient(torch.zeros(num_sequences))
@@ -162,9 +164,7 @@ def test_overlong_penalty_ramp() -> None:
         ),
         (
             lambda: gspo_loss(
-                PolicyTokens(
-                    torch.zeros(2), torch.zeros(2), torch.zeros(2).long(), torch.ones(2)
-                ),
+                PolicyTokens(torch.zeros(2), torch.zeros(2), torch.zeros(2).long(), torch.ones(2)),
                 BatchSize(2, 2),
             ),
             "without tokens",

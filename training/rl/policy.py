@@ -1,0 +1,217 @@
+"""The policy: log-probabilities of sampled replies in packed rows, and the updates.
+
+Shape legend: N response tokens of one row, S responses of one row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.generation import Completion
+from model.masks import block_mask
+from model.modeling import SailVLForConditionalGeneration, freeze_except
+from model.processor import Encoded, SailVLProcessor
+from sailyard.recipe import RLRecipe
+from training.packing import IGNORE_INDEX, collate_rows, pack_rows
+from training.rl.losses import BatchSize, ClipRange, PolicyTokens, dapo_loss, gspo_loss
+from training.rl.rewards import Prompt
+
+Algorithm = Literal["dapo", "gspo"]
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A reply to learn from: prompt and reply tokens (loss_mask on the reply) and advantage."""
+
+    encoded: Encoded
+    advantage: float
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.encoded.loss_mask.sum())
+
+
+@dataclass(slots=True)
+class UpdateStats:
+    """Sums over the updates of one step."""
+
+    num_updates: int = 0
+    num_ratios: int = 0
+    num_clipped: int = 0
+    num_tokens: int = 0
+    kl_sum: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """clip_fraction, kl (nats per token, k3 estimate), loss and grad_norm (means)."""
+        if not self.num_updates:
+            return {}
+        return {
+            "clip_fraction": self.num_clipped / self.num_ratios,
+            "kl": self.kl_sum / self.num_tokens,
+            "loss": float(np.mean(self.losses)),
+            "grad_norm": float(np.mean(self.grad_norms)),
+        }
+
+
+def encode_response(
+    processor: SailVLProcessor, prompt: Prompt, completion: Completion, advantage: float
+) -> Response:
+    """Append the sampled token ids themselves: text encoded again may split differently."""
+    head = processor.encode(
+        prompt.messages, prompt.images, is_video=prompt.is_video, add_generation_prompt=True
+    )
+    reply = np.asarray(completion.token_ids, dtype=np.int64)
+    mask = np.zeros(len(head.input_ids) + len(reply), dtype=bool)
+    mask[len(head.input_ids) :] = True
+    encoded = Encoded(
+        input_ids=np.concatenate([head.input_ids, reply]),
+        loss_mask=mask,
+        pixel_values=head.pixel_values,
+    )
+    return Response(encoded, advantage)
+
+
+class NonFiniteUpdate(FloatingPointError):
+    """The gradient of an update is not a number; the weights were left as they were."""
+
+
+class Policy:
+    """The model being trained: its optimizer, its algorithm, its precision.
+
+    A mini-batch of responses is packed into rows of at most `seq_len` tokens, never padded to
+    the longest. The reference ("old") log-probabilities are computed by this same forward pass
+    and not taken from the sampler, so that the ratio is exactly 1 until the weights move.
+    """
+
+    def __init__(self, model: SailVLForConditionalGeneration, recipe: RLRecipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.algorithm = resolve_algorithm(recipe.algorithm, model)
+        self.clip = ClipRange(recipe.clip_low, recipe.clip_high)
+        freeze_except(model, recipe.trainable)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=recipe.lr,
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Autocast of the recipe's dtype; the weights stay in float32."""
+        enabled = self.recipe.dtype == "bfloat16"
+        return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+    def improve(
+        self, groups: Sequence[Sequence[Response]], lr: float, shuffle: np.random.Generator
+    ) -> UpdateStats:
+        """One pass of up to `updates_per_step` updates over the groups of a step.
+
+        Whole groups go into one mini-batch, so that its advantages sum to zero. Fewer groups
+        than updates give fewer updates.
+        """
+        stats = UpdateStats()
+        if not groups:
+            return stats
+        order = shuffle.permutation(len(groups))
+        chunks = np.array_split(order, min(self.recipe.updates_per_step, len(groups)))
+        batches = [MiniBatch([r for i in chunk for r in groups[i]], self) for chunk in chunks]
+        for batch in batches:
+            self._update(batch, lr, stats)
+        return stats
+
+    def _update(self, batch: MiniBatch, lr: float, stats: UpdateStats) -> None:
+        self.model.train()
+        loss_of = gspo_loss if self.algorithm == "gspo" else dapo_loss
+        total = 0.0
+        for rows, old_logprobs_N in batch.shards():
+            out = loss_of(
+                PolicyTokens(
+                    logprobs_N=self.logprobs(rows),
+                    old_logprobs_N=old_logprobs_N,
+                    sequence_N=_sequence_ids(rows),
+                    advantages_S=torch.tensor([r.advantage for row in rows for r in row]),
+                ),
+                batch.size,
+                self.clip,
+            )
+            out.loss.backward()
+            total += float(out.loss.detach())
+            stats.num_ratios += out.num_ratios
+            stats.num_clipped += out.num_clipped
+            stats.kl_sum += out.kl_sum
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm))
+        if not math.isfinite(norm) or not math.isfinite(total):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteUpdate(f"loss {total}, gradient norm {norm}: lower lr, or use float32")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        stats.num_updates += 1
+        stats.num_tokens += batch.size.num_tokens
+        stats.losses.append(total)
+        stats.grad_norms.append(norm)
+
+    def logprobs(self, rows: Sequence[Sequence[Response]]) -> Tensor:
+        """Log-probabilities [N] of the reply tokens at the sampling temperature, row by row."""
+        encoded = [[response.encoded for response in row] for row in rows]
+        length = max(sum(len(e.input_ids) for e in row) for row in encoded)
+        batch = collate_rows(encoded, length)
+        labels = batch["labels"]
+        with self.precision():
+            output = self.model(
+                input_ids=batch["input_ids"],
+                pixel_values=batch["pixel_values"],
+                position_ids=batch["position_ids"],
+                attention_mask=block_mask(batch["segment_ids"]),
+                labels=labels,
+                output_router_logits=False,
+            )
+        # The logits of labelled positions come in row-major order, which is that of the rows.
+        logits_NV = output.logits.float() / self.recipe.temperature
+        return -F.cross_entropy(logits_NV, labels[labels != IGNORE_INDEX], reduction="none")
+
+
+class MiniBatch:
+    """The packed rows of one update, with the log-probabilities under the policy that sampled."""
+
+    def __init__(self, responses: Sequence[Response], policy: Policy) -> None:
+        lengths = [len(response.encoded.input_ids) for response in responses]
+        packed = pack_rows(lengths, policy.recipe.seq_len)
+        rows = [[responses[i] for i in row] for row in packed]
+        size = policy.recipe.micro_batch_size
+        self._shards = [rows[i : i + size] for i in range(0, len(rows), size)]
+        self.size = BatchSize(sum(r.num_tokens for r in responses), len(responses))
+        policy.model.eval()
+        with torch.no_grad():
+            self._old = [policy.logprobs(shard) for shard in self._shards]
+
+    def shards(self) -> Iterator[tuple[list[list[Response]], Tensor]]:
+        """Micro-batches of rows and the old log-probabilities of their reply tokens."""
+        return zip(self._shards, self._old, strict=True)
+
+
+def resolve_algorithm(
+    wanted: Literal["dapo", "gspo", "auto"], model: SailVLForConditionalGeneration
+) -> Algorithm:
+    """auto: GSPO where tokens choose experts, DAPO otherwise (paper section 4.2.3)."""
+    if wanted != "auto":
+        return wanted
+    return "gspo" if model.language_model.config.model_type == "qwen3_moe" else "dapo"
+
+
+def _sequence_ids(rows: Sequence[Sequence[Response]]) -> Tensor:
+    lengths = torch.tensor([response.num_tokens for row in rows for response in row])
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
