@@ -29,6 +29,10 @@ class TeacherError(ValueError):
     """The teacher cannot be used at all (bad address, key or model name)."""
 
 
+class Declined(Exception):
+    """Raised by a parser: the reply is in the asked form and says that there is no answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """What to ask about one sample: a prompt and its encoded images."""
@@ -81,7 +85,8 @@ class ApiTeacher:
     ) -> list[Reply[T]]:
         """Ask every question; replies come in the order of the questions.
 
-        `parse` turns a reply's text into a value and raises ValueError when it cannot.
+        `parse` turns a reply's text into a value; it raises ValueError when it cannot (the
+        question is asked once more) and Declined when the reply says that there is no answer.
         `on_reply` is called with the number of questions settled so far.
 
         Raises:
@@ -141,6 +146,8 @@ class ApiTeacher:
                 return Reply(None, "refused")
             try:
                 return Reply(parse(choice.message.content or ""))
+            except Declined:
+                return Reply(None, "refused")
             except ValueError:
                 continue
         return Reply(None, "unparsable")

@@ -19,6 +19,9 @@ CHECKS: tuple[str, ...] = get_args(Check)
 BOX_IOU = 0.5  # RefCOCO's convention; the paper does not name its threshold (spec 6.1)
 MATH_SECONDS = 5  # a hostile expression must not hang a rollout
 
+# Skills whose answer takes steps; every other skill is perception (spec 3.9 treats them apart).
+REASONING_SKILLS = ("count", "relation", "sum")
+
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _BOXED = "\\boxed{"
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
