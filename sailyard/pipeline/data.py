@@ -144,7 +144,7 @@ def mix_stages() -> list[Stage]:
             1,
             inputs=inputs,
             outputs=("mix",),
-            sections=("curation.mix",),
+            sections=(f"curation.mix.{mix}", "data"),
             doc=doc,
         )
         for mix, (inputs, doc) in mixes.items()
