@@ -1,0 +1,58 @@
+"""Immutable artifacts on a local folder or S3, with one layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sailyard.artifacts.artifacts import (
+    Artifact,
+    ArtifactCorrupt,
+    ArtifactError,
+    ArtifactFile,
+    ArtifactNotFound,
+    ArtifactStore,
+)
+from sailyard.artifacts.local import LocalStore
+from sailyard.artifacts.objects import (
+    ContentChanged,
+    ObjectNotFound,
+    ObjectStore,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    canonical_json,
+)
+from sailyard.artifacts.s3 import S3Store
+from sailyard.settings import Settings
+
+__all__ = [
+    "Artifact",
+    "ArtifactCorrupt",
+    "ArtifactError",
+    "ArtifactFile",
+    "ArtifactNotFound",
+    "ArtifactStore",
+    "ContentChanged",
+    "LocalStore",
+    "ObjectNotFound",
+    "ObjectStore",
+    "S3Store",
+    "StoreError",
+    "StoreFull",
+    "StoreUnavailable",
+    "canonical_json",
+    "open_artifacts",
+    "open_store",
+]
+
+
+def open_store(settings: Settings) -> ObjectStore:
+    """The object store that the settings name; nothing is contacted yet."""
+    if settings.store.startswith("s3://"):
+        return S3Store(settings)
+    return LocalStore(Path(settings.store.removeprefix("file://")))
+
+
+def open_artifacts(settings: Settings) -> ArtifactStore:
+    """Artifacts on that store, with the local cache in ``<home>/cache/artifacts``."""
+    return ArtifactStore(open_store(settings), settings.home / "cache" / "artifacts")
