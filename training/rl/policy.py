@@ -9,21 +9,22 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.generation import Completion
-from model.masks import block_mask
 from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.processor import Encoded, SailVLProcessor
 from sailyard.recipe import RLRecipe
 from training.packing import IGNORE_INDEX, collate_rows, pack_rows
 from training.rl.losses import BatchSize, ClipRange, PolicyTokens, dapo_loss, gspo_loss
 from training.rl.rewards import Prompt
+
+if TYPE_CHECKING:
+    from model.generation import Completion
 
 Algorithm = Literal["dapo", "gspo"]
 
@@ -132,37 +133,39 @@ class Policy:
         return stats
 
     def _update(self, batch: MiniBatch, lr: float, stats: UpdateStats) -> None:
-        self.model.train()
-        loss_of = gspo_loss if self.algorithm == "gspo" else dapo_loss
-        total = 0.0
-        for rows, old_logprobs_N in batch.shards():
-            out = loss_of(
-                PolicyTokens(
-                    logprobs_N=self.logprobs(rows),
-                    old_logprobs_N=old_logprobs_N,
-                    sequence_N=_sequence_ids(rows),
-                    advantages_S=torch.tensor([r.advantage for row in rows for r in row]),
-                ),
-                batch.size,
-                self.clip,
-            )
-            out.loss.backward()
-            total += float(out.loss.detach())
-            stats.num_ratios += out.num_ratios
-            stats.num_clipped += out.num_clipped
-            stats.kl_sum += out.kl_sum
+        loss = self.accumulate(batch, stats)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm))
-        if not math.isfinite(norm) or not math.isfinite(total):
+        if not math.isfinite(norm) or not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteUpdate(f"loss {total}, gradient norm {norm}: lower lr, or use float32")
+            raise NonFiniteUpdate(f"loss {loss}, gradient norm {norm}: lower lr, or use float32")
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         stats.num_updates += 1
-        stats.num_tokens += batch.size.num_tokens
-        stats.losses.append(total)
+        stats.losses.append(loss)
         stats.grad_norms.append(norm)
+
+    def accumulate(self, batch: MiniBatch, stats: UpdateStats) -> float:
+        """Add the gradient of a mini-batch, shard by shard, and return its loss."""
+        self.model.train()
+        loss_of = gspo_loss if self.algorithm == "gspo" else dapo_loss
+        total = 0.0
+        for rows, old_logprobs_N in batch.shards():
+            tokens = PolicyTokens(
+                logprobs_N=self.logprobs(rows),
+                old_logprobs_N=old_logprobs_N,
+                sequence_N=_sequence_ids(rows),
+                advantages_S=torch.tensor([r.advantage for row in rows for r in row]),
+            )
+            out = loss_of(tokens, batch.size, self.clip)
+            out.loss.backward()
+            total += float(out.loss.detach())
+            stats.num_ratios += out.num_ratios
+            stats.num_clipped += out.num_clipped
+            stats.kl_sum += out.kl_sum
+        stats.num_tokens += batch.size.num_tokens
+        return total
 
     def logprobs(self, rows: Sequence[Sequence[Response]]) -> Tensor:
         """Log-probabilities [N] of the reply tokens at the sampling temperature, row by row."""
@@ -175,7 +178,7 @@ class Policy:
                 input_ids=batch["input_ids"],
                 pixel_values=batch["pixel_values"],
                 position_ids=batch["position_ids"],
-                attention_mask=block_mask(batch["segment_ids"]),
+                attention_mask=batch["segment_ids"],
                 labels=labels,
                 output_router_logits=False,
             )
@@ -196,11 +199,11 @@ class MiniBatch:
         self.size = BatchSize(sum(r.num_tokens for r in responses), len(responses))
         policy.model.eval()
         with torch.no_grad():
-            self._old = [policy.logprobs(shard) for shard in self._shards]
+            self.old_logprobs = [policy.logprobs(shard) for shard in self._shards]
 
     def shards(self) -> Iterator[tuple[list[list[Response]], Tensor]]:
         """Micro-batches of rows and the old log-probabilities of their reply tokens."""
-        return zip(self._shards, self._old, strict=True)
+        return zip(self._shards, self.old_logprobs, strict=True)
 
 
 def resolve_algorithm(

@@ -176,7 +176,7 @@ def score(
 
 
 def mode_is_right(prompt: Prompt, reply: str) -> bool:
-    """A closed, non-empty think block where thought is asked for; none, or an empty one, elsewhere."""
+    """A closed, filled think block where thought is asked for; none, or an empty one, elsewhere."""
     thought = bool(extract_thinking(reply))
     return thought and THINK_CLOSE in reply if prompt.think else not thought
 
