@@ -1,4 +1,4 @@
-"""Captions in a fixed reading order: every object, digit, bar or word that the image shows."""
+"""Captions in a fixed reading order: every object, digit or word that the image shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import numpy as np
 from curation.world.digits import DigitImage
 from curation.world.motion import Motion
 from curation.world.photos import PhotoCrop, with_article
-from curation.world.plots import KIND_NAMES, MARKS, Chart
 from curation.world.questions import listing, plural
 from curation.world.scene import Scene, pick, place
 from curation.world.words import WordImage
@@ -39,18 +38,6 @@ def caption_digits(item: DigitImage) -> str:
     return (
         f"a handwritten {item.digits[0]} on the left, a handwritten {item.digits[1]} on the right"
     )
-
-
-def caption_chart(chart: Chart) -> str:
-    mark = MARKS[chart.kind]
-    if chart.kind == "pie":
-        largest = chart.colours[chart.values.index(max(chart.values))]
-        marks = ", ".join(f"a {c} slice" for c in chart.colours)
-        return f"a pie chart with {marks}, the {largest} slice is the largest"
-    marks = ", ".join(
-        f"a {c} {mark} at {v}" for c, v in zip(chart.colours, chart.values, strict=True)
-    )
-    return f"a {KIND_NAMES[chart.kind]} with {marks}"
 
 
 def caption_motion(motion: Motion) -> str:

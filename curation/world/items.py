@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from curation.world import captions, questions
+from curation.world.chart_text import ask_chart, caption_chart, chart_questions
 from curation.world.digits import DigitImage, draw_digits, sample_digits
 from curation.world.draw import draw_scene, encode
 from curation.world.motion import Motion, draw_motion, sample_motion
 from curation.world.photos import PhotoCrop, draw_photo, sample_photo
-from curation.world.plots import Chart, draw_chart, sample_chart
+from curation.world.plot_drawing import draw_chart
+from curation.world.plots import EXTREME_KINDS, Chart, sample_chart
 from curation.world.questions import QA, SCENE_ASKERS
 from curation.world.scene import Scene, pick, sample_scene
 from curation.world.words import WordImage, draw_word, sample_word
@@ -81,7 +83,7 @@ def caption_of(subject: Subject, rng: np.random.Generator) -> str:
     if isinstance(subject, WordImage):
         return captions.caption_word(subject)
     if isinstance(subject, Chart):
-        return captions.caption_chart(subject)
+        return caption_chart(subject)
     if isinstance(subject, PhotoCrop):
         return captions.caption_photo(subject, rng)
     return captions.caption_motion(subject)
@@ -106,8 +108,7 @@ def questions_of(subject: Subject, rng: np.random.Generator, num: int) -> list[Q
     elif isinstance(subject, WordImage):
         found = [q.ask_word(subject, rng), *q.ask_word_extra(subject, rng)]
     elif isinstance(subject, Chart):
-        values = [q.ask_chart(subject, rng) for _ in range(4)]
-        found = [*values, *q.ask_chart_extra(subject, rng)]
+        found = list(chart_questions(subject, rng, num))
     elif isinstance(subject, PhotoCrop):
         found = [q.ask_photo(subject, rng), q.ask_photo_check(subject, rng)]
     else:
@@ -136,9 +137,9 @@ def ask_skill(skill: str, rng: np.random.Generator, *, heldout: bool) -> tuple[S
             qa = questions.ask_sum(subject, rng)
         elif skill == "chart":
             subject = sample_chart(rng, heldout=heldout)
-            if subject.kind == "pie":  # the skill is reading a number; pies only name a colour
+            if subject.kind in EXTREME_KINDS:  # the skill is reading a number
                 continue
-            qa = questions.ask_chart(subject, rng)
+            qa = ask_chart(subject, rng)
         elif skill == "motion":
             subject = sample_motion(rng, heldout=heldout)
             qa = questions.ask_motion(subject, rng)

@@ -15,7 +15,6 @@ import numpy as np
 from curation.world.digits import DigitImage
 from curation.world.motion import DIRECTION_NAMES, Motion
 from curation.world.photos import NOUNS, PhotoCrop, with_article
-from curation.world.plots import KIND_NAMES, MARKS, Chart
 from curation.world.scene import CELLS, COLOUR_NAMES, SHAPES, Scene, Thing, pick, place
 from curation.world.words import LEXICON, WordImage
 
@@ -283,40 +282,6 @@ def ask_larger(item: DigitImage, rng: np.random.Generator) -> QA | None:
     if left == right:
         return None
     return QA("Which digit is larger?", str(max(left, right)), "number", "digit", "digit.larger")
-
-
-def ask_chart(chart: Chart, rng: np.random.Generator) -> QA:
-    """The value of a mark named by its colour; of a pie, the colour of its largest slice."""
-    mark = MARKS[chart.kind]
-    if chart.kind == "pie":
-        answer = chart.colours[chart.values.index(max(chart.values))]
-        question = pick(rng, ("Which slice is the largest?", "What colour is the largest slice?"))
-        return QA(question, answer, "exact", "chart", "chart.largest")
-    i = int(rng.random() * len(chart.values))
-    colour = chart.colours[i]
-    question = pick(rng, (
-        f"What is the value of the {colour} {mark}?", f"Which value does the {colour} {mark} have?",
-        f"Read the value of the {colour} {mark}.",
-    ))  # fmt: skip
-    return QA(question, str(chart.values[i]), "number", "chart", f"chart.{chart.kind}")
-
-
-def ask_chart_extra(chart: Chart, rng: np.random.Generator) -> list[QA]:
-    """Number of marks, kind of chart, highest mark and total, beside the values."""
-    mark = MARKS[chart.kind]
-    out = [
-        QA(
-            f"How many {mark}s are there?", str(len(chart.values)), "number", "chart", "chart.marks"
-        ),
-        QA("What kind of chart is this?", KIND_NAMES[chart.kind], "exact", "chart", "chart.kind"),
-    ]
-    top = max(chart.values)
-    if chart.kind != "pie" and chart.values.count(top) == 1:
-        colour = chart.colours[chart.values.index(top)]
-        out.append(
-            QA(f"Which {mark} has the largest value?", colour, "exact", "chart", "chart.top")
-        )
-    return out
 
 
 def ask_motion(motion: Motion, rng: np.random.Generator) -> QA:

@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from curation.world.captions import (
-    caption_chart,
     caption_digits,
     caption_motion,
     caption_photo,
     caption_scene,
     caption_word,
 )
+from curation.world.chart_text import caption_chart
 from curation.world.digits import sample_digits
 from curation.world.items import questions_of
 from curation.world.motion import sample_motion
 from curation.world.photos import sample_photo
-from curation.world.plots import load_tables, sample_chart
+from curation.world.plots import sample_chart
 from curation.world.questions import QA, SCENE_ASKERS, box_text, listing
 from curation.world.scene import (
     CELLS,
@@ -33,6 +33,7 @@ from curation.world.scene import (
     pick_weighted,
     sample_scene,
 )
+from curation.world.tables import load_tables
 from curation.world.words import LEXICON, sample_word
 from model.chat import THINKING_SUFFIX
 from sailyard.samples import Sample
