@@ -52,7 +52,9 @@ def test_held_text_comes_out_at_the_end() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text("abé\n", max_size=20), st.lists(st.text("abé\n", min_size=1, max_size=3), max_size=3))
+@given(
+    st.text("abé\n", max_size=20), st.lists(st.text("abé\n", min_size=1, max_size=3), max_size=3)
+)
 def test_reply_ends_before_the_first_stop_string(text: str, stops: list[str]) -> None:
     written, reply = write(text.encode(), Sampling(max_tokens=1000, stops=tuple(stops)))
     # The earliest moment a stop string is complete decides; of those complete then, the one that

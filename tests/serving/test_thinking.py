@@ -40,7 +40,11 @@ def test_any_cut_gives_the_same_split(text: str, data: st.DataObject) -> None:
     while start < len(text):
         size = data.draw(st.integers(1, 7))
         delta = splitter.feed(text[start : start + size])
-        reasoning, content, start = reasoning + delta.reasoning, content + delta.content, start + size
+        reasoning, content, start = (
+            reasoning + delta.reasoning,
+            content + delta.content,
+            start + size,
+        )
     last = splitter.close()
     assert (reasoning + last.reasoning, content + last.content) == split(text)
 

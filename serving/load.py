@@ -1,0 +1,71 @@
+"""From a checkpoint directory to a running engine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import load_model
+from model.tokenizer import CONTROL_TOKENS
+from sailyard.yard import Yard
+from serving.engine import Engine
+from serving.settings import ServingSettings
+from serving.versions import Served, Wanted
+
+
+def load_served(wanted: Wanted, settings: ServingSettings) -> Served:
+    """Fetch and load a version on the GPU if there is one, else on the CPU.
+
+    Raises:
+        ValueError: the directory is not a checkpoint of ours (the model's own errors).
+    """
+    directory = wanted.fetch()
+    loaded, processor = load_model(directory, getattr(torch, settings.dtype))
+    model: Any = loaded.requires_grad_(False)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    ends = frozenset({processor.end_token_id, processor.pad_token_id})
+    vocabulary = processor.tokenizer.get_vocab()
+    unnamed = set(range(model.config.text_config.vocab_size)) - set(vocabulary.values())
+    engine = Engine(
+        model,
+        processor.decode,
+        ends,
+        never={*(vocabulary[token] for token in CONTROL_TOKENS), *unnamed} - ends,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+    )
+    context = int(model.config.text_config.max_position_embeddings)
+    return Served(wanted.name, wanted.digest, engine, processor, context, time.time())
+
+
+def promoted(alias: str, yard: Yard | None = None) -> Callable[[], Wanted | None]:
+    """Looks up the version behind a registry alias; its weights come from the artifact store."""
+    yard = yard or Yard()
+
+    def look_up() -> Wanted | None:
+        version = yard.registry.current(alias)
+        if version is None:
+            return None
+        digest = version.checkpoint
+        return Wanted(version.ref, digest, lambda: yard.artifacts.fetch(digest))
+
+    return look_up
+
+
+def local_checkpoint(directory: Path) -> Wanted:
+    """A directory served as it is, without a registry; its index names it.
+
+    Raises:
+        ValueError: there is no checkpoint in it.
+    """
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{directory} holds no config.json; give a checkpoint directory")
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")
+    name = directory.resolve().name
+    return Wanted(name, f"local-{kind}-{name}", lambda: directory)
