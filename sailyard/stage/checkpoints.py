@@ -9,7 +9,6 @@ mid-save nor a torn upload is ever loaded: the checkpoint before it is.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import secrets
 import shutil
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from sailyard.artifacts import ObjectStore
 
 log = logging.getLogger(__name__)
-
-_CHUNK = 1 << 20
 
 
 class Checkpoints:
@@ -61,11 +58,13 @@ class Checkpoints:
         files = []
         for path in paths:
             name = path.relative_to(directory).as_posix()
-            digest, size = _measure(path)
-            self._store.put(data + name, path)
-            files.append({"name": name, "size": size, "sha256": digest})
-        pointer = {"step": step, "data": data, "files": files}
-        self._store.put(self._pointer_key(step), json.dumps(pointer, sort_keys=True).encode())
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._store.put(data + name, path, sha256=digest)
+            files.append({"name": name, "sha256": digest})
+        self._store.write_json(
+            self._pointer_key(step), {"step": step, "data": data, "files": files}
+        )
         self._prune()
 
     def latest(self) -> tuple[int, Path] | None:
@@ -79,6 +78,10 @@ class Checkpoints:
                 continue
             return step, target
         return None
+
+    def exist(self) -> bool:
+        """Whether there is any checkpoint to go on from."""
+        return bool(self._steps())
 
     def clear(self) -> None:
         """Remove every checkpoint of the cache key: its stage has finished."""
@@ -97,7 +100,7 @@ class Checkpoints:
         return sorted(int(name.removesuffix(".json")) for name in pointers)
 
     def _read_pointer(self, step: int) -> dict[str, Any]:
-        pointer: dict[str, Any] = json.loads(self._store.get(self._pointer_key(step)))
+        pointer: dict[str, Any] = self._store.read_json(self._pointer_key(step))
         return pointer
 
     def _download(self, step: int, target: Path) -> None:
@@ -108,8 +111,8 @@ class Checkpoints:
             if not path.is_relative_to(target.resolve()):
                 raise StageError(f"file name {entry['name']!r} leads out of the checkpoint")
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._store.download(pointer["data"] + entry["name"], path)
-            if _measure(path) != (entry["sha256"], entry["size"]):
+            found = self._store.download(pointer["data"] + entry["name"], path)
+            if found != entry["sha256"]:
                 raise StageError(f"file {entry['name']!r} differs from what was saved")
 
     def _prune(self) -> None:
@@ -123,14 +126,3 @@ class Checkpoints:
             folder, slash, _ = inside.partition("/")
             if slash and f"{self._prefix}{folder}/" not in kept:
                 self._store.delete(key)
-
-
-def _measure(path: Path) -> tuple[str, int]:
-    """sha256 and size in bytes of a file."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size
