@@ -74,6 +74,18 @@ class AirflowClient:
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances?limit=200"
         return list(self._call("GET", path)["task_instances"])
 
+    def returned(self, dag_id: str, run_id: str, task_id: str) -> str:
+        """What a task returned, as text; "" while it has not."""
+        path = (
+            f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}"
+            "/xcomEntries/return_value"
+        )
+        answer = self._http.get(path)
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return ""
+        answer.raise_for_status()
+        return str(answer.json()["value"])
+
     def answer_approval(self, dag_id: str, run_id: str, task_id: str, option: str) -> None:
         """Answer a task that waits for a human with one of its options."""
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/-1/hitlDetails"

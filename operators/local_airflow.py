@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from operators.airflow_client import AirflowClient
-from operators.processes import MARKER, Services, free_ports, tail
+from operators.processes import MARKER, Service, Services, free_ports, tail
 
-COMPONENTS = ("api-server", "scheduler", "dag-processor", "triggerer")
+COMPONENTS = ("api-server", "dag-processor", "triggerer", "scheduler")
 HEALTH_NAMES = ("metadatabase", "scheduler", "dag_processor", "triggerer")
 START_TIMEOUT_S = 180.0
 
@@ -74,6 +74,7 @@ class LocalAirflow:
         self.environment = airflow_environment(home, dags_folder, port)
         self.logs = home / "airflow" / "logs"
         self.client = AirflowClient(self.url)
+        self._scheduler: Service | None = None
 
     def start(self, dag_id: str) -> None:
         """Migrate the database, start the components, wait until ``dag_id`` can be triggered.
@@ -86,15 +87,27 @@ class LocalAirflow:
         for component in COMPONENTS:
             # The log servers would listen on every interface; the API server reads the files.
             skip = ["--skip-serve-logs"] if component in ("scheduler", "triggerer") else []
-            self._services.start(
+            service = self._services.start(
                 f"airflow {component}",
                 [sys.executable, "-m", "airflow", component, *skip],
                 self.environment,
                 self.logs / f"{component}.log",
             )
+            if component == "scheduler":
+                self._scheduler = service
         self._wait_healthy()
         self.client.login()
         self._wait_for_dag(dag_id)
+
+    def stop(self) -> None:
+        """End the scheduler and its tasks while the API server can still take down their state.
+
+        The other components end with the services.
+        """
+        self.client.close()
+        if self._scheduler is not None:
+            self._services.stop_one(self._scheduler, grace_s=15.0)
+            self._scheduler = None
 
     def _migrate(self) -> None:
         log = self.logs / "migrate.log"

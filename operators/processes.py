@@ -72,18 +72,25 @@ class Services:
                 )
 
     def stop(self, grace_s: float = 20.0) -> None:
-        """Ask every service to end, latest first, and end what has not after ``grace_s``."""
-        for service in reversed(self._services):
+        """End every service, by force after ``grace_s``, and whatever else still runs."""
+        self._end(self._services, grace_s)
+        end_processes(marked_processes(self._home), grace_s=2.0)
+
+    def stop_one(self, service: Service, grace_s: float) -> None:
+        """End one service before the others."""
+        self._end([service], grace_s)
+
+    def _end(self, services: Sequence[Service], grace_s: float) -> None:
+        for service in services:
             _signal_group(service.process.pid, signal.SIGTERM)
         deadline = time.monotonic() + grace_s
-        for service in self._services:
+        for service in services:
             with suppress(subprocess.TimeoutExpired):
                 service.process.wait(max(0.0, deadline - time.monotonic()))
-        for service in self._services:
+        for service in services:
             _signal_group(service.process.pid, signal.SIGKILL)
             service.process.wait()
-        self._services.clear()
-        end_processes(marked_processes(self._home), grace_s=2.0)
+        self._services = [service for service in self._services if service not in services]
 
 
 def marked_processes(home: Path) -> list[psutil.Process]:

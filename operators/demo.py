@@ -1,0 +1,317 @@
+"""``make demo``: the whole pipeline under Airflow on this machine, then the board and the endpoint.
+
+Everything it starts ends with it, however it ends; everything it keeps is in SAILYARD_HOME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+from rich.console import Console
+
+from operators import demo_view
+from operators.airflow_client import AirflowError
+from operators.local_airflow import AirflowStartError, LocalAirflow
+from operators.processes import (
+    ServiceDied,
+    Services,
+    end_processes,
+    free_ports,
+    marked_processes,
+)
+from operators.run_task import CREATE_RUN
+from sailyard.pipeline import build_pipeline
+from sailyard.recipe import RecipeError, load_recipe
+from sailyard.runs import StageState, stage_state
+from sailyard.settings import get_settings
+from sailyard.yard import Yard
+
+DAG_ID = "sail_vl2"
+REPOSITORY = Path(__file__).resolve().parents[1]
+READY_TIMEOUT_S = 120.0
+POLL_S = 1.0
+# Airflow's API shares two cores with the training stages; a slow answer now and then is no fault.
+MAX_FAILED_POLLS = 30
+
+
+class DemoFailed(RuntimeError):
+    """The demo did not reach its end; the message says why."""
+
+
+class Demo:
+    """One demo: Airflow, a run of the DAG, the board, the endpoint."""
+
+    def __init__(self, options: argparse.Namespace, home: Path, console: Console) -> None:
+        self._options = options
+        self._home = home
+        self._console = console
+        self._services = Services(home)
+        self._airflow = LocalAirflow(home, REPOSITORY / "dags", self._services)
+        board_port, self._endpoint_port = free_ports(2)
+        self._board_url = f"http://127.0.0.1:{board_port}"
+        self._airflow.environment["SAILYARD_BOARD_URL"] = self._board_url
+        self._board_port = board_port
+        self.is_up = False
+        """Whether all of it was done and only waits for Ctrl-C."""
+
+    def run(self) -> None:
+        """All of it, until it is done or, without --exit, until Ctrl-C.
+
+        Raises:
+            DemoFailed, ServiceDied, AirflowStartError, AirflowError: What went wrong.
+        """
+        self._start_airflow()
+        self._run_pipeline()
+        self._start_endpoint()
+        self._print_results()
+        if not self._options.exit:
+            self.is_up = True
+            self._console.print("\nEverything stays up until Ctrl-C.")
+            while True:
+                self._services.check()
+                time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """End every process of the demo."""
+        self._airflow.stop()
+        self._services.stop()
+
+    def _start_airflow(self) -> None:
+        with self._status("Starting Airflow and the board"):
+            # The board comes first, so that a running task's lineage link leads somewhere.
+            self._start_board()
+            self._airflow.start(DAG_ID)
+            client = self._airflow.client
+            for run_id in client.active_runs(DAG_ID):
+                # Left by a demo that was stopped; its finished stages are reused below.
+                client.fail_run(DAG_ID, run_id)
+            self._wait_until_up(f"{self._board_url}/_stcore/health", "the board")
+        self._console.print(f"Airflow  {self._airflow.url}/dags/{DAG_ID}", highlight=False)
+        self._console.print(f"Board    {self._board_url}", highlight=False)
+
+    def _start_board(self) -> None:
+        self._services.start(
+            "board",
+            [
+                *(sys.executable, "-m", "streamlit", "run", str(REPOSITORY / "dashboard/app.py")),
+                *("--server.address", "127.0.0.1", "--server.port", str(self._board_port)),
+                *("--server.headless", "true", "--browser.gatherUsageStats", "false"),
+            ],
+            self._airflow.environment,
+            self._home / "logs" / "board.log",
+        )
+
+    def _run_pipeline(self) -> None:
+        client = self._airflow.client
+        client.set_paused(DAG_ID, False)
+        run_id = client.trigger(DAG_ID, self._conf())
+        recipe = load_recipe(self._options.recipe, self._options.set)
+        stages = [stage.name for stage in build_pipeline(recipe).stages]
+        yard = Yard()
+        yard_run = ""
+        with demo_view.StageView(self._console) as view:
+            for instances in self._polls(run_id):
+                yard_run = yard_run or client.returned(DAG_ID, run_id, CREATE_RUN)
+                states = {s.stage: s for s in stage_state(yard_run, yard)} if yard_run else {}
+                view.update(stage_rows(stages, instances, states))
+        if client.run_state(DAG_ID, run_id) != "success":
+            raise DemoFailed(self._why(run_id))
+
+    def _conf(self) -> dict[str, Any]:
+        data = str(Path(self._options.data).resolve()) if self._options.data else ""
+        return {"recipe": self._options.recipe, "overrides": self._options.set, "data": data}
+
+    def _polls(self, run_id: str) -> Iterator[list[dict[str, Any]]]:
+        """The run's task instances, every second until the run has ended."""
+        client = self._airflow.client
+        num_failed = 0
+        while True:
+            self._services.check()
+            try:
+                state = client.run_state(DAG_ID, run_id)
+                yield client.task_instances(DAG_ID, run_id)
+                num_failed = 0
+            except httpx.HTTPError as error:
+                num_failed += 1
+                if num_failed > MAX_FAILED_POLLS:
+                    raise DemoFailed(f"Airflow's API does not answer any more: {error}") from error
+                state = "unknown"
+            if state in ("success", "failed"):
+                return
+            time.sleep(POLL_S)
+
+    def _why(self, run_id: str) -> str:
+        """What failed, with the end of its log."""
+        client = self._airflow.client
+        parts = [f"the run {run_id} failed"]
+        for instance in client.task_instances(DAG_ID, run_id):
+            if instance["state"] == "failed":
+                task_id, tries = instance["task_id"], instance["try_number"]
+                log = client.task_log(DAG_ID, run_id, task_id, tries)
+                parts.append(f"{task_id}:\n" + "\n".join(log.splitlines()[-30:]))
+        return "\n\n".join(parts)
+
+    def _start_endpoint(self) -> None:
+        with self._status("Starting the endpoint"):
+            self._services.start(
+                "endpoint",
+                [
+                    *(sys.executable, "-m", "sailyard", "serve"),
+                    *("--host", "127.0.0.1", "--port", str(self._endpoint_port)),
+                ],
+                self._airflow.environment,
+                self._home / "logs" / "endpoint.log",
+            )
+            self._wait_until_up(f"http://127.0.0.1:{self._endpoint_port}/health", "the endpoint")
+
+    def _wait_until_up(self, url: str, what: str) -> None:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while True:
+            self._services.check()
+            with suppress(httpx.HTTPError):
+                if httpx.get(url, timeout=5.0, trust_env=False).is_success:
+                    return
+            if time.monotonic() > deadline:
+                raise DemoFailed(f"{what} does not answer on {url}; its log is in {self._home}")
+            time.sleep(0.3)
+
+    def _print_results(self) -> None:
+        self._console.print(f"Airflow  {self._airflow.url}/dags/{DAG_ID}", highlight=False)
+        self._console.print(f"Board    {self._board_url}", highlight=False)
+        self._console.print(f"Endpoint http://127.0.0.1:{self._endpoint_port}/v1", highlight=False)
+
+    @contextmanager
+    def _status(self, text: str) -> Iterator[None]:
+        if self._console.is_terminal:
+            with self._console.status(f"{text} ..."):
+                yield
+        else:
+            self._console.print(f"{text} ...")
+            yield
+
+
+def stage_rows(
+    stages: Sequence[str], instances: Sequence[dict[str, Any]], states: Mapping[str, StageState]
+) -> list[demo_view.Row]:
+    """One row a stage: what Airflow says of its task, and what the stage says of itself.
+
+    Args:
+        stages: Names in order.
+        instances: Airflow's task instances of the run.
+        states: Stage name -> its state in the run; empty until the run exists.
+    """
+    by_task = {instance["task_id"]: instance for instance in instances}
+    return [_row(name, by_task.get(name), states.get(name)) for name in stages]
+
+
+AIRFLOW_STATES = {
+    "success": demo_view.DONE,
+    "skipped": demo_view.SKIPPED,
+    "failed": demo_view.FAILED,
+    "upstream_failed": demo_view.FAILED,
+    "running": demo_view.RUNNING,
+}
+
+
+def _row(name: str, instance: dict[str, Any] | None, state: StageState | None) -> demo_view.Row:
+    word = (instance or {}).get("state")
+    shown = AIRFLOW_STATES.get(word, word) if word else demo_view.WAITING
+    if state is None or state.info is None:
+        return demo_view.Row(name, shown)
+    info = state.info
+    if shown == demo_view.DONE and state.cached:
+        return demo_view.Row(name, demo_view.CACHED)
+    if shown != demo_view.RUNNING:
+        return demo_view.Row(name, shown, info.seconds)
+    share = f"{info.progress_done}/{info.progress_total} " if info.progress_total else ""
+    seconds = (datetime.now(UTC) - info.started_at).total_seconds()
+    return demo_view.Row(name, shown, seconds, f"{share}{info.progress_note}")
+
+
+@contextmanager
+def only_demo(home: Path) -> Iterator[None]:
+    """Hold the home for this demo, and end what a killed one left behind.
+
+    Raises:
+        DemoFailed: Another demo runs on the home.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "demo.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DemoFailed(
+                f"another demo runs on {home}; stop it, or set SAILYARD_HOME to another folder"
+            ) from None
+        end_processes(marked_processes(home), grace_s=10.0)
+        yield
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m operators.demo", description=__doc__)
+    parser.add_argument("--recipe", default="tiny", help="preset or recipe file")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b.c=value")
+    parser.add_argument("--data", default="", help="your own images and captions")
+    parser.add_argument("--exit", action="store_true", help="stop when all is done")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status: 0 done, 1 failed, 2 wrong input, 130 stopped."""
+    options = parse_options(arguments)
+    console = Console(soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        load_recipe(options.recipe, options.set)
+    except RecipeError as error:
+        errors.print(str(error), markup=False)
+        return 2
+    if options.data and not Path(options.data).exists():
+        errors.print(f"there is nothing at {options.data}", markup=False)
+        return 2
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        with only_demo(get_settings().home):
+            return _run(Demo(options, get_settings().home, console), console, errors)
+    except DemoFailed as error:
+        errors.print(str(error), markup=False)
+        return 1
+
+
+def _run(demo: Demo, console: Console, errors: Console) -> int:
+    try:
+        demo.run()
+        return 0
+    except KeyboardInterrupt:
+        # Ctrl-C is how a demo that is up ends; before that it is an interruption.
+        return 0 if demo.is_up else 130
+    except (AirflowError, AirflowStartError, DemoFailed, ServiceDied, httpx.HTTPError) as error:
+        errors.print(f"\n{error}", markup=False)
+        return 1
+    finally:
+        # From here on nothing may stop the stopping.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        console.print("Stopping ...")
+        demo.stop()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
