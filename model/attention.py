@@ -2,8 +2,8 @@
 
 A block mask is right everywhere but dense: a row of 8 samples spends 7/8 of its scores on pairs
 that may not see each other. Here the samples of all rows are laid out as a batch of their own
-for the attention call alone, causal, without any mask. On two CPU cores a training step of the
-tiny model with 64-token samples in 512-token rows takes 0.7 times as long (docs/log.md).
+for the attention call alone, causal, without any mask. On one CPU core, a training step of a
+4M-parameter model on 64-token samples in 512-token rows took 0.75 times as long (best of six).
 """
 
 from __future__ import annotations
