@@ -172,10 +172,14 @@ class Policy:
         encoded = [[response.encoded for response in row] for row in rows]
         length = max(sum(len(e.input_ids) for e in row) for row in encoded)
         batch = collate_rows(encoded, length)
-        labels = batch["labels"]
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        # A policy may sample <IMG_CONTEXT>. As a label it stays what it is, but as an input it
+        # would ask for a tile that does not exist.
+        stray = (input_ids == self.model.config.image_token_id) & (labels != IGNORE_INDEX)
+        input_ids = input_ids.masked_fill(stray, self.model.config.text_config.pad_token_id)
         with self.precision():
             output = self.model(
-                input_ids=batch["input_ids"],
+                input_ids=input_ids,
                 pixel_values=batch["pixel_values"],
                 position_ids=batch["position_ids"],
                 attention_mask=batch["segment_ids"],

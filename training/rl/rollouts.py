@@ -16,6 +16,7 @@ import numpy as np
 
 from model.chat import THINKING_SUFFIX
 from model.generation import Completion, generate
+from model.generation import Prompt as Conversation
 from model.modeling import SailVLForConditionalGeneration
 from model.processor import SailVLProcessor
 from sailyard.media import decode_image
@@ -146,11 +147,10 @@ def sample_replies(
     seed: int,
 ) -> list[list[Completion]]:
     """`rollouts_per_prompt` replies to each prompt from the policy as it is."""
-    model.eval()
     return generate(
         model,
         processor,
-        [(prompt.messages, prompt.images) for prompt in prompts],
+        [Conversation(prompt.messages, prompt.images, prompt.is_video) for prompt in prompts],
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         seed=seed,

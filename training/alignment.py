@@ -1,0 +1,63 @@
+"""Three-stage SAIL-ViT alignment (paper section 2.1.1): adapter, then ViT too, then everything."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+
+from evaluation.alignment import alignment_distances
+from model.checkpoint import build_model, load_language, load_model, load_vision, save_model
+from model.tokenizer import load_tokenizer
+from sailyard.media import decode_image
+from sailyard.samples import read_samples
+from sailyard.stage import StageContext
+from training.bootstrap import make_processor
+from training.supervised import SupervisedRun
+
+
+def run(ctx: StageContext) -> None:
+    """Stages `alignment.*`: train the declared parts, measure both distances before and after.
+
+    The first stage assembles ViT, a fresh adapter and the language model; the later ones go on
+    from the checkpoint before.
+    """
+    torch.manual_seed(ctx.seed)
+    recipe = ctx.section(ctx.stage_name)
+    if ctx.stage_name == "alignment.warmup":
+        model_recipe = ctx.section("model")
+        tokenizer = load_tokenizer(ctx.input("language"))
+        model = build_model(
+            model_recipe,
+            tokenizer,
+            language=load_language(ctx.input("language")),
+            vision=load_vision(ctx.input("vision")),
+        )
+        processor = make_processor(tokenizer, model_recipe)
+    else:
+        model, processor = load_model(ctx.input("checkpoint"))
+    before = measure(ctx, model, processor)
+    run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.input("mix")})
+    summary = run.run()
+    after = measure(ctx, model, processor)
+    ctx.summary(
+        **summary,
+        **{f"{name}_before": value for name, value in before.items()},
+        **{f"{name}_after": value for name, value in after.items()},
+    )
+    save_model(ctx.output("checkpoint"), model, processor)
+
+
+def measure(ctx: StageContext, model: Any, processor: Any) -> dict[str, float]:
+    """Distances of Table 7 on the first images of the stage's mixture."""
+    metrics = ctx.section("alignment.metrics")
+    with_images = (s for s in read_samples(ctx.input("mix")) if s.images and not s.is_video)
+    images = [decode_image(s.images[0]) for s in islice(with_images, metrics.num_images)]
+    return alignment_distances(
+        model,
+        processor,
+        images,
+        num_text_rows=metrics.num_text_rows,
+        seed=0,
+    )

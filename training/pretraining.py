@@ -1,0 +1,87 @@
+"""Two-stage pretraining (paper section 3.2): adapter alone under AdaLRS, then everything."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from model.checkpoint import build_model, load_language, load_model, save_model
+from model.tokenizer import load_tokenizer
+from sailyard.stage import StageContext
+from training.bootstrap import make_processor
+from training.checkpointing import STATE_FILE
+from training.supervised import SupervisedRun
+
+
+def run_basic(ctx: StageContext) -> None:
+    """Stage `pretraining.basic`: a fresh adapter between the aligned ViT and a language model.
+
+    Two arms see the same samples from the same start: a control at the fixed rate, then the
+    arm that is kept, with AdaLRS. Stage-III's language model and adapter are dropped, as the
+    paper does (section 3.2.1).
+    """
+    recipe = ctx.section("pretraining.basic")
+    control = _arm(ctx, recipe, "fixed", 0, None, {})
+    fixed = _finished_control(ctx, control.total_steps)
+    if fixed is None:
+        fixed = _essentials(control.run())
+    settings = recipe.adalrs.model_dump(exclude={"enabled"}) if recipe.adalrs.enabled else None
+    arm = _arm(ctx, recipe, "adalrs", control.total_steps, settings, {"fixed": fixed})
+    summary = arm.run()
+    kept = {**_essentials(summary), "lr_last": summary.get("lr_last", recipe.lr)}
+    kept["events"] = summary.pop("adalrs_events", [])
+    ctx.summary(**summary, fixed=fixed, adalrs=kept)
+    save_model(ctx.output("checkpoint"), arm.model, arm.processor)
+
+
+def run_multitask(ctx: StageContext) -> None:
+    """Stage `pretraining.multitask`: all parts, n-gram-balanced mixture, no AdaLRS."""
+    torch.manual_seed(ctx.seed)
+    model, processor = load_model(ctx.input("checkpoint"))
+    recipe = ctx.section("pretraining.multitask")
+    run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.input("mix")})
+    ctx.summary(**run.run())
+    save_model(ctx.output("checkpoint"), model, processor)
+
+
+def _arm(
+    ctx: StageContext,
+    recipe: Any,
+    arm: str,
+    first_step: int,
+    adalrs: dict[str, Any] | None,
+    carry: dict[str, Any],
+) -> SupervisedRun:
+    torch.manual_seed(ctx.seed)  # both arms draw the same fresh adapter
+    aligned, _ = load_model(ctx.input("checkpoint"))
+    model_recipe = ctx.section("model")
+    tokenizer = load_tokenizer(ctx.input("language"))
+    language = load_language(ctx.input("language"))
+    model = build_model(model_recipe, tokenizer, language=language, vision=aligned.vision_model)
+    return SupervisedRun(
+        ctx,
+        model,
+        make_processor(tokenizer, model_recipe),
+        recipe,
+        {"mix": ctx.input("mix")},
+        adalrs=adalrs,
+        arm=arm,
+        first_step=first_step,
+        carry=carry,
+    )
+
+
+def _finished_control(ctx: StageContext, control_steps: int) -> dict[str, Any] | None:
+    """What the control measured, when the newest checkpoint already belongs to the second arm."""
+    latest = ctx.checkpoints.latest()
+    if latest is None or latest[0] <= control_steps:
+        return None
+    state = json.loads((latest[1] / STATE_FILE).read_text(encoding="utf-8"))
+    fixed: dict[str, Any] = state["carry"]["fixed"]
+    return fixed
+
+
+def _essentials(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: summary[key] for key in ("loss_first", "loss_last", "steps", "tokens")}

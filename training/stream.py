@@ -1,0 +1,177 @@
+"""The stream of packed batches: a deterministic function of the data, the seed and a small state.
+
+Nothing is prefetched past the state: a resumed run sees exactly the samples that the
+undisturbed run would have seen, in the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.processor import Encoded
+from sailyard.samples import Sample, SampleReader
+from training.packing import PackingStats, fill_row
+
+
+@dataclass(slots=True)
+class Source:
+    """One dataset of a mixture.
+
+    `weight` is its share of the draws, relative to the other sources.
+    """
+
+    name: str
+    reader: SampleReader
+    weight: float
+
+
+@dataclass(slots=True)
+class StreamBatch:
+    """Samples dealt to rows, not yet collated, and where each came from."""
+
+    rows: list[list[Encoded]]
+    sources: list[list[int]]  # index into the stream's sources, per row and sample
+    ids: list[str]
+
+
+@dataclass(slots=True)
+class _Pending:
+    source: int
+    position: int  # how many samples of the source were drawn before this one
+    sample_id: str
+    encoded: Encoded
+
+
+class PackedStream:
+    """Mixes sources by weight, shuffles each epoch, and packs from a look-ahead buffer.
+
+    Draws follow smooth weighted round-robin, so any stretch of the stream holds every source
+    at its weight; each epoch of a source is a fresh permutation seeded by (seed, source, epoch).
+    Samples longer than a row are counted in `num_too_long` and skipped.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        encode: Callable[[Sample], Encoded],
+        *,
+        seq_len: int,
+        batch_size: int,
+        look_ahead: int,
+        seed: int,
+    ) -> None:
+        empty = [s.name for s in sources if len(s.reader) == 0]
+        if not sources or empty:
+            raise ValueError(f"no samples to train on in {empty or 'any source'}")
+        self.sources, self.encode = sources, encode
+        self.seq_len, self.batch_size = seq_len, batch_size
+        self.look_ahead, self.seed = look_ahead, seed
+        self.stats = PackingStats()
+        self.num_too_long = 0
+        self._positions = [0] * len(sources)
+        self._credits = [0.0] * len(sources)
+        self._buffer: list[_Pending] = []
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def next_batch(self) -> StreamBatch:
+        """The next `batch_size` rows of `seq_len` tokens."""
+        rows: list[list[Encoded]] = []
+        lengths: list[list[int]] = []
+        sources: list[list[int]] = []
+        ids: list[str] = []
+        for _ in range(self.batch_size):
+            self._top_up()
+            chosen = fill_row([len(p.encoded.input_ids) for p in self._buffer], self.seq_len)
+            row = [self._buffer[i] for i in chosen]
+            taken = set(chosen)
+            self._buffer = [p for i, p in enumerate(self._buffer) if i not in taken]
+            rows.append([p.encoded for p in row])
+            lengths.append([len(p.encoded.input_ids) for p in row])
+            sources.append([p.source for p in row])
+            ids.extend(p.sample_id for p in row)
+        self.stats.add(lengths, self.seq_len)
+        return StreamBatch(rows, sources, ids)
+
+    def epoch_steps(self, epochs: float) -> int:
+        """Steps that `epochs` passes over all sources take, estimated from the buffer's lengths."""
+        self._top_up()
+        mean_length = float(np.mean([len(p.encoded.input_ids) for p in self._buffer]))
+        num_samples = sum(len(s.reader) for s in self.sources) * epochs
+        return max(round(num_samples * mean_length / (self.seq_len * self.batch_size)), 1)
+
+    def _top_up(self) -> None:
+        while len(self._buffer) < self.look_ahead:
+            source = self._next_source()
+            pending = self._read(source, self._positions[source])
+            self._positions[source] += 1
+            if len(pending.encoded.input_ids) > self.seq_len:
+                self.num_too_long += 1
+                self._fail_if_nothing_fits()
+            else:
+                self._buffer.append(pending)
+
+    def _fail_if_nothing_fits(self) -> None:
+        if not self._buffer and self.num_too_long > sum(len(s.reader) for s in self.sources):
+            raise ValueError(f"every sample is longer than seq_len {self.seq_len}: raise seq_len")
+
+    def _next_source(self) -> int:
+        total = sum(s.weight for s in self.sources)
+        for i, source in enumerate(self.sources):
+            self._credits[i] += source.weight / total
+        best = max(range(len(self.sources)), key=lambda i: (self._credits[i], -i))
+        self._credits[best] -= 1.0
+        return best
+
+    def _read(self, source: int, position: int) -> _Pending:
+        reader = self.sources[source].reader
+        epoch, offset = divmod(position, len(reader))
+        sample = reader[int(self._order(source, epoch)[offset])]
+        return _Pending(source, position, sample.id, self.encode(sample))
+
+    def _order(self, source: int, epoch: int) -> np.ndarray:
+        key = (source, epoch)
+        if key not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != source}
+            rng = np.random.default_rng([self.seed, source, epoch])
+            self._orders[key] = rng.permutation(len(self.sources[source].reader))
+        return self._orders[key]
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able position: cursors, mixing credits and which samples wait in the buffer."""
+        return {
+            "positions": list(self._positions),
+            "credits": list(self._credits),
+            "buffer": [[p.source, p.position] for p in self._buffer],
+            "stats": self.stats.state(),
+            "num_too_long": self.num_too_long,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`; the waiting samples are read and encoded again."""
+        self._positions = list(state["positions"])
+        self._credits = list(state["credits"])
+        self.stats.load(state["stats"])
+        self.num_too_long = state["num_too_long"]
+        self._buffer = [self._read(source, position) for source, position in state["buffer"]]
+
+
+def open_sources(
+    directories: Mapping[str, Path], weights: Mapping[str, float] | None = None
+) -> list[Source]:
+    """Open dataset directories as a mixture; a source without a weight counts by its size."""
+    weights = weights or {}
+    unknown = sorted(set(weights) - set(directories))
+    if unknown:
+        raise ValueError(f"weights name {unknown}, the stage's inputs are {sorted(directories)}")
+    sources = []
+    for name, directory in directories.items():
+        reader = SampleReader(directory)
+        weight = float(weights.get(name, len(reader)))
+        if weight > 0:
+            sources.append(Source(name, reader, weight))
+    return sources
