@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from curation.world.items import (
+    Item,
     ask_skill,
     caption_of,
     caption_sample,
@@ -30,6 +31,13 @@ REFERENCE_WEIGHTS: dict[str, float] = {
 MIN_TURNS, MAX_TURNS = 6, 8
 
 
+def reference_item(
+    rng: np.random.Generator, image_size: int, weights: Mapping[str, float] = REFERENCE_WEIGHTS
+) -> Item:
+    """A rendered subject of a source drawn by weight."""
+    return render(sample_subject(pick_weighted(rng, weights), rng), image_size)
+
+
 def reference_samples(
     num_images: int,
     rng: np.random.Generator,
@@ -42,7 +50,7 @@ def reference_samples(
     Yields 2 * `num_images` samples.
     """
     for i in range(num_images):
-        item = render(sample_subject(pick_weighted(rng, weights), rng), image_size)
+        item = reference_item(rng, image_size, weights)
         num = MIN_TURNS + int(rng.random() * (MAX_TURNS - MIN_TURNS + 1))
         yield qa_sample(f"ref-{i:06d}-qa", item, questions_of(item.subject, rng, num))
         yield caption_sample(f"ref-{i:06d}-cap", item, caption_of(item.subject, rng), rng)

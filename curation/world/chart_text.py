@@ -60,14 +60,17 @@ def ask_chart(chart: Chart, rng: np.random.Generator) -> QA:
     if chart.kind in EXTREME_KINDS:
         word = EXTREME_WORDS[chart.kind]
         question = pick(rng, (f"Which {mark} is the {word}?", f"Name the {word} {mark}."))
-        return QA(question, chart.largest(), "exact", "chart", f"chart.{word}")
+        chain = f"I compare the {mark}s. The {word} is {chart.largest()}."
+        return QA(question, chart.largest(), "exact", "chart", f"chart.{word}", chain)
     i = int(rng.random() * len(chart.values))
     name = f"the {chart.marks[i]} {mark}"
     question = pick(rng, (
         f"What is the value of {name}?", f"Which value does {name} have?",
         f"Read the value of {name}.",
     ))  # fmt: skip
-    return QA(question, str(chart.values[i]), "number", "chart", f"chart.{chart.kind}")
+    value = str(chart.values[i])
+    chain = f"On the axis {name} stands at {value}."
+    return QA(question, value, "number", "chart", f"chart.{chart.kind}", chain)
 
 
 def ask_chart_extra(chart: Chart) -> list[QA]:

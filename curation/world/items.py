@@ -118,7 +118,7 @@ def questions_of(subject: Subject, rng: np.random.Generator, num: int) -> list[Q
     return [out[int(i)] for i in rng.permutation(len(out))]
 
 
-def ask_skill(skill: str, rng: np.random.Generator, *, heldout: bool) -> tuple[Subject, QA]:
+def ask_skill(skill: str, rng: np.random.Generator, *, heldout: bool = False) -> tuple[Subject, QA]:
     """A subject and one question of `skill` about it, drawn until the subject allows it."""
     while True:
         subject: Subject

@@ -41,6 +41,12 @@ class Motion:
         rest = ",".join(f"{t.cell}:{t.name}" for t in self.still)
         return f"motion:{self.mover.name}:{self.direction}:{lane}:{self.num_frames}:{rest}"
 
+    def ends(self) -> tuple[int, int]:
+        """The mover's cells in the first and the last frame."""
+        dx, dy = DIRECTIONS[self.direction]
+        x, y = self.mover.x + dx * self.travel, self.mover.y + dy * self.travel
+        return self.mover.cell, min(2, int(y * 3)) * 3 + min(2, int(x * 3))
+
     def meta(self) -> dict[str, Any]:
         still = [{"cell": t.cell, "shape": t.shape, "colour": t.colour} for t in self.still]
         return {

@@ -156,7 +156,7 @@ def fault(chart: Chart) -> str | None:
     gaps = [b - a for a, b in pairwise(sorted(chart.xs))]
     if gaps and min(gaps) < 0.1:
         return "overlap"
-    if chart.spread and any(q3 - q1 < 1 for _, q1, q3, _ in chart.spread):
+    if chart.spread and any(q3 - q1 < 2 for _, q1, q3, _ in chart.spread):
         return "flat"
     return None
 

@@ -21,7 +21,7 @@ from curation.world.words import LEXICON, WordImage
 
 @dataclass(frozen=True, slots=True)
 class QA:
-    """A question with its short answer. `chain` is a guided reason, empty where none is needed.
+    """A question with its short answer. `chain` is a guided reason, "" where none is written.
 
     `check` says how an answer is compared: "exact", "number" or "box". `kind` is finer than the
     skill ("count.colour").
@@ -112,6 +112,14 @@ def ask_existence(scene: Scene, rng: np.random.Generator) -> QA:
     return QA(question, yes_no(truth), "exact", "existence", "existence.named", chain)
 
 
+def _colour_chain(thing: Thing) -> str:
+    return f"The object {place(thing.cell)} is a {thing.name}. Its colour is {thing.colour}."
+
+
+def _shape_chain(thing: Thing) -> str:
+    return f"The object {place(thing.cell)} is a {thing.name}. Its shape is {thing.shape}."
+
+
 def ask_colour(scene: Scene, rng: np.random.Generator) -> QA:
     """The colour of the object in a cell (four times in five), or of a shape seen once."""
     shapes = Counter(t.shape for t in scene.things)
@@ -121,14 +129,14 @@ def ask_colour(scene: Scene, rng: np.random.Generator) -> QA:
         question = pick(
             rng, (f"What colour is the {thing.shape}?", f"Name the colour of the {thing.shape}.")
         )
-        return QA(question, thing.colour, "exact", "colour", "colour.shape")
+        return QA(question, thing.colour, "exact", "colour", "colour.shape", _colour_chain(thing))
     thing = pick(rng, scene.things)
     where = place(thing.cell)
     question = pick(rng, (
         f"What colour is the object {where}?", f"Which colour does the object {where} have?",
         f"Name the colour of the object {where}.",
     ))  # fmt: skip
-    return QA(question, thing.colour, "exact", "colour", "colour.place")
+    return QA(question, thing.colour, "exact", "colour", "colour.place", _colour_chain(thing))
 
 
 def ask_shape(scene: Scene, rng: np.random.Generator) -> QA:
@@ -144,14 +152,14 @@ def ask_shape(scene: Scene, rng: np.random.Generator) -> QA:
                 f"Name the shape of the {thing.colour} object.",
             ),
         )
-        return QA(question, thing.shape, "exact", "shape", "shape.colour")
+        return QA(question, thing.shape, "exact", "shape", "shape.colour", _shape_chain(thing))
     thing = pick(rng, scene.things)
     where = place(thing.cell)
     question = pick(rng, (
         f"What shape is the object {where}?", f"Which shape does the object {where} have?",
         f"Name the shape of the object {where}.",
     ))  # fmt: skip
-    return QA(question, thing.shape, "exact", "shape", "shape.place")
+    return QA(question, thing.shape, "exact", "shape", "shape.place", _shape_chain(thing))
 
 
 RELATIONS = {
@@ -201,7 +209,9 @@ def ask_box(scene: Scene, rng: np.random.Generator) -> QA | None:
         f"Give the box of the {thing.name}.", f"Locate the {thing.name} with a box.",
         f"What is the box of the {thing.name}?",
     ))  # fmt: skip
-    return QA(question, box_text(thing.box()), "box", "box", "box.named")
+    box = box_text(thing.box())
+    chain = f"The {thing.name} is {place(thing.cell)}. Its box is {box}."
+    return QA(question, box, "box", "box", "box.named", chain)
 
 
 def ask_where(scene: Scene, rng: np.random.Generator) -> QA | None:
@@ -218,7 +228,8 @@ def ask_word(item: WordImage, rng: np.random.Generator) -> QA:
     question = pick(rng, (
         "What word is written here?", "Read the word.", "Which word does the image show?",
     ))  # fmt: skip
-    return QA(question, item.word, "exact", "word", "word.read")
+    chain = f"The letters are {' '.join(item.word)}. The word is {item.word}."
+    return QA(question, item.word, "exact", "word", "word.read", chain)
 
 
 def ask_word_extra(item: WordImage, rng: np.random.Generator) -> list[QA]:
@@ -249,11 +260,14 @@ def ask_digit(item: DigitImage, rng: np.random.Generator) -> QA:
         question = pick(
             rng, ("What digit is this?", "Which digit is written here?", "Read the digit.")
         )
-        return QA(question, str(item.digits[0]), "number", "digit", "digit.read")
+        digit = item.digits[0]
+        return QA(question, str(digit), "number", "digit", "digit.read", f"The digit is {digit}.")
     side = int(rng.random() * 2)
     name = ("left", "right")[side]
     question = pick(rng, (f"What is the {name} digit?", f"Read the {name} digit."))
-    return QA(question, str(item.digits[side]), "number", "digit", f"digit.{name}")
+    digit = item.digits[side]
+    chain = f"The {name} digit is {digit}."
+    return QA(question, str(digit), "number", "digit", f"digit.{name}", chain)
 
 
 def ask_digit_check(item: DigitImage, rng: np.random.Generator) -> QA:
@@ -295,7 +309,9 @@ def ask_motion(motion: Motion, rng: np.random.Generator) -> QA:
             "In which direction does the object move?", "Which way does the object go?",
             "Where does the object move to?",
         ))  # fmt: skip
-    return QA(question, motion.direction, "exact", "motion", "motion.direction")
+    first, last = (CELLS[cell] for cell in motion.ends())
+    chain = f"It goes from the {first} to the {last}. It moves {motion.direction}."
+    return QA(question, motion.direction, "exact", "motion", "motion.direction", chain)
 
 
 def ask_motion_extra(motion: Motion, rng: np.random.Generator) -> list[QA]:
@@ -320,7 +336,8 @@ def ask_photo(crop: PhotoCrop, rng: np.random.Generator) -> QA:
     question = pick(
         rng, ("What does the photo show?", "What is this a photo of?", "Name what is in the photo.")
     )
-    return QA(question, crop.noun, "exact", "photo", "photo.noun")
+    chain = f"The photo shows {with_article(crop.noun)}."
+    return QA(question, crop.noun, "exact", "photo", "photo.noun", chain)
 
 
 def ask_photo_check(crop: PhotoCrop, rng: np.random.Generator) -> QA:

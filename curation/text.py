@@ -1,0 +1,33 @@
+"""Stage curation.text: pure text that grows the small language model and preserves it later."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from curation.world.text import text_samples
+from sailyard.samples import Sample, write_samples
+
+if TYPE_CHECKING:
+    from sailyard.stage import StageContext
+
+
+def run(ctx: StageContext) -> None:
+    """The stage: nothing in, `world.num_text` conversations without images out."""
+    num = ctx.section("world").num_text
+    kinds: Counter[str] = Counter()
+    num_characters = 0
+
+    def watched() -> Iterator[Sample]:
+        nonlocal num_characters
+        for done, sample in enumerate(text_samples(num, np.random.default_rng(ctx.seed)), 1):
+            kinds[sample.meta["kind"]] += 1
+            num_characters += sum(len(message["content"]) for message in sample.messages)
+            ctx.progress(done, num)
+            yield sample
+
+    count = write_samples(ctx.output("text"), watched())
+    ctx.summary(num_samples=count, kinds=dict(kinds), num_characters=num_characters)
