@@ -1,11 +1,25 @@
-"""What every test shares: no test reads or writes the state of a real yard."""
+"""What every test shares: no test reads or writes the state of a real yard or a real Airflow."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Airflow reads its place when it is imported, so this cannot wait for a fixture.
+_AIRFLOW_HOME = tempfile.mkdtemp(prefix="sailyard-airflow-")
+atexit.register(shutil.rmtree, _AIRFLOW_HOME, ignore_errors=True)
+for _name in [name for name in os.environ if name.startswith("AIRFLOW_")]:
+    del os.environ[_name]
+os.environ.update(
+    AIRFLOW_HOME=_AIRFLOW_HOME,
+    AIRFLOW__CORE__LOAD_EXAMPLES="False",
+    AIRFLOW__CORE__DAGS_FOLDER=f"{_AIRFLOW_HOME}/dags",
+)
 
 
 @pytest.fixture(autouse=True)
