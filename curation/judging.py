@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from evaluation.choices import choice_probabilities
+from evaluation.choices import Question, choice_probabilities
 from model.checkpoint import load_model
 
 if TYPE_CHECKING:
@@ -95,39 +95,38 @@ class Judges:
 
         `on_batch` is called with the number of captions that all four judges have seen.
         """
-        found: list[Verdict] = []
-        for start in range(0, len(captions), batch_size):
-            window = slice(start, start + batch_size)
-            best = {
-                name: self._best(name, images[window], captions[window]) for name in self.prompts
-            }
-            found += [
-                Verdict(
-                    ita=int(ita), vir=int(vir), ita_yes=ita_yes == "yes", vir_yes=vir_yes == "yes"
-                )
-                for ita, vir, ita_yes, vir_yes in zip(
-                    best["ita_score"],
-                    best["vir_score"],
-                    best["ita_yorn"],
-                    best["vir_yorn"],
-                    strict=True,
-                )
-            ]
-            on_batch(len(found))
-        return found
-
-    def _best(
-        self, name: str, images: Sequence[Sequence[Image.Image]], captions: Sequence[str]
-    ) -> list[str]:
-        judge = self.prompts[name]
-        conversations = [
-            (judge_messages(judge["prompt"], caption, len(pictures)), pictures)
+        names = list(self.prompts)
+        questions = [
+            [self._question(name, caption, len(pictures)) for name in names]
             for caption, pictures in zip(captions, images, strict=True)
         ]
-        table = choice_probabilities(
-            self.model, self.processor, conversations, judge["answers"], batch_size=len(captions)
+        tables = choice_probabilities(
+            self.model,
+            self.processor,
+            images,
+            questions,
+            batch_size=batch_size,
+            on_batch=on_batch,
         )
-        return [judge["answers"][int(i)] for i in np.argmax(table, axis=1)]
+        best = {
+            name: [self.prompts[name]["answers"][int(i)] for i in np.argmax(table, axis=1)]
+            for name, table in zip(names, tables, strict=True)
+        }
+        return [
+            Verdict(ita=int(ita), vir=int(vir), ita_yes=ita_yes == "yes", vir_yes=vir_yes == "yes")
+            for ita, vir, ita_yes, vir_yes in zip(
+                best["ita_score"],
+                best["vir_score"],
+                best["ita_yorn"],
+                best["vir_yorn"],
+                strict=True,
+            )
+        ]
+
+    def _question(self, name: str, caption: str, num_images: int) -> Question:
+        judge = self.prompts[name]
+        messages = judge_messages(judge["prompt"], caption, num_images)
+        return Question(messages, tuple(judge["answers"]))
 
 
 def judge_messages(prompt: str, caption: str, num_images: int) -> list[dict[str, str]]:

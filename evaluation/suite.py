@@ -61,6 +61,7 @@ class Question:
     skill: str
     messages: list[dict[str, str]]
     images: list[Image.Image]
+    is_video: bool
     answer: str
     check: str
 
@@ -163,7 +164,7 @@ def _question(sample: Sample, skill: str) -> Question:
         raise HeldoutError(f"held-out item {sample.id!r} does not end in a question")
     images = [decode_image(data) for data in sample.images]
     answer, check = str(sample.meta["answer"]), str(sample.meta["check"])
-    return Question(sample.id, skill, messages, images, answer, check)
+    return Question(sample.id, skill, messages, images, sample.is_video, answer, check)
 
 
 def ask(
@@ -177,7 +178,7 @@ def ask(
 ) -> ModeResult:
     """Greedy answers to all questions in one mode, scored by each question's rule."""
     # Sorted by skill, prompts of a batch are of similar length and so are their replies.
-    conversations = [(question.asked(mode), question.images) for question in questions]
+    conversations = [(q.asked(mode), q.images, q.is_video) for q in questions]
     completions = generate(
         model,
         processor,
@@ -325,10 +326,7 @@ def run(ctx: StageContext) -> None:
     report = {
         "harness": {"name": HARNESS, "version": VERSION},
         "prompt_hash": prompt_hash(questions, ctx.section("model.system_message")),
-        "token_budget": {
-            DIRECT: min(DIRECT_TOKENS, suite.max_new_tokens),
-            THINKING: suite.max_new_tokens,
-        },
+        "token_budget": budget,
         "heldout": {
             "digest": ctx.input_digest("heldout"),
             "questions": len(questions),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from evaluation.choices import choice_probabilities
+from evaluation.choices import Question, choice_probabilities
 from model.checkpoint import load_model, save_model
 from sailyard.media import decode_image
 from sailyard.samples import Sample, SampleReader, write_samples
@@ -207,12 +207,13 @@ def measure_judges(
     pictures: list[list[Image.Image]] = [
         [decode_image(data) for data in sample.images] for sample in samples
     ]
+    questions = [
+        [Question(ask(name, sample), tuple(judge["answers"])) for name, judge in JUDGES.items()]
+        for sample in samples
+    ]
+    tables = choice_probabilities(model, processor, pictures, questions)
     found = {}
-    for name, judge in JUDGES.items():
-        conversations = [
-            (ask(name, sample), images) for sample, images in zip(samples, pictures, strict=True)
-        ]
-        table = choice_probabilities(model, processor, conversations, judge["answers"])
+    for (name, judge), table in zip(JUDGES.items(), tables, strict=True):
         answers = [judge["answers"][int(i)] for i in table.argmax(axis=1)]
         truths = [right_answer(name, sample.meta) for sample in samples]
         dimension = name.split("_")[0]
