@@ -101,6 +101,8 @@ def _damaged(error: Exception) -> BadImage:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise BadImage("unsupported", "floating-point grey values have no agreed brightness")
     if image.mode.startswith("I"):
         image = _grey16_to_grey8(image)
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info

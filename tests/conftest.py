@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.s3 import s3_server, s3_settings, settings
+
+__all__ = ["s3_server", "s3_settings", "settings"]
+
 # Airflow reads its place when it is imported, so this cannot wait for a fixture.
 _AIRFLOW_HOME = tempfile.mkdtemp(prefix="sailyard-airflow-")
 atexit.register(shutil.rmtree, _AIRFLOW_HOME, ignore_errors=True)
@@ -18,7 +22,7 @@ for _name in [name for name in os.environ if name.startswith("AIRFLOW_")]:
 os.environ.update(
     AIRFLOW_HOME=_AIRFLOW_HOME,
     AIRFLOW__CORE__LOAD_EXAMPLES="False",
-    AIRFLOW__CORE__DAGS_FOLDER=f"{_AIRFLOW_HOME}/dags",
+    AIRFLOW__CORE__DAGS_FOLDER=str(Path(__file__).parents[1] / "dags"),
 )
 
 

@@ -22,7 +22,7 @@ from sailyard.artifacts import (
 )
 from sailyard.artifacts.s3 import ConditionalMinio
 from sailyard.settings import Settings
-from tests.conftest import S3Server
+from tests.s3 import S3Server
 from tests.sailyard.processes import in_children
 from tests.sailyard.proxy import Proxy
 
