@@ -183,12 +183,9 @@ def qa_sample(sample_id: str, item: Item, qas: Sequence[QA]) -> Sample:
     task = qas[0].skill if len({qa.skill for qa in qas}) == 1 else "mixed"
     meta: dict[str, Any] = {"scene": item.truth}
     if len(qas) == 1:
-        qa = qas[0]
-        meta |= {"answer": qa.answer, "check": qa.check, "skill": qa.skill, "kind": qa.kind}
+        meta |= qas[0].meta()
     else:
-        meta["questions"] = [
-            {"skill": q.skill, "kind": q.kind, "answer": q.answer, "check": q.check} for q in qas
-        ]
+        meta["questions"] = [qa.meta() for qa in qas]
     return Sample(sample_id, item.source, task, messages, list(item.images), item.is_video, meta)
 
 

@@ -34,6 +34,11 @@ class QA:
     kind: str
     chain: str = ""
 
+    def meta(self) -> dict[str, str]:
+        """Truth about the question for a sample's meta."""
+        known = {"answer": self.answer, "check": self.check, "skill": self.skill, "kind": self.kind}
+        return known | ({"chain": self.chain} if self.chain else {})
+
     def thinking(self) -> str:
         """The target when the model is asked to think first."""
         return f"<think>{self.chain}</think>\n\\boxed{{{self.answer}}}"

@@ -194,8 +194,9 @@ def as_choice(sample: Sample, qa: QA, rng: np.random.Generator) -> None:
     ordered = sorted(options, key=int)
     lines = [f"{letter}. {text}" for letter, text in zip(_LETTERS, ordered, strict=True)]
     sample.messages[0]["content"] += "\n" + "\n".join(lines)
-    sample.meta["answer"] = _LETTERS[ordered.index(qa.answer)]
-    sample.meta["check"] = "exact"
+    letter = _LETTERS[ordered.index(qa.answer)]
+    chain = f"{qa.chain} That is option {letter}."
+    sample.meta |= {"answer": letter, "check": "exact", "chain": chain}
 
 
 def prompt_pool(num: int, rng: np.random.Generator, image_size: int) -> Iterator[Sample]:
@@ -209,7 +210,6 @@ def prompt_pool(num: int, rng: np.random.Generator, image_size: int) -> Iterator
         subject, qa = ask_skill(skill, rng)
         sample = qa_sample(f"rl-{i:06d}", render(subject, image_size), [qa])
         del sample.messages[1:]
-        sample.meta["chain"] = qa.chain
         if skill == "sum" and rng.random() < CHOICE_RATE:
             as_choice(sample, qa, rng)
         yield sample

@@ -1,0 +1,209 @@
+"""Stages curation.mix_*: training mixes, balanced over data sets and, where asked, over n-grams.
+
+Step one is dataset level: a data set (samples of one source within one input) gets a share
+proportional to size ** temperature * weight, never more than MAX_REPEATS passes over it, and what
+it cannot supply goes to the others. Step two is linguistic: captions and synthetic questions are
+drawn by inverse n-gram frequency instead of evenly (`curation.ngrams`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from curation.ngrams import count_ngrams, ngram_weights, weighted_draw
+from sailyard.samples import Sample, SampleReader, write_samples
+
+if TYPE_CHECKING:
+    from sailyard.recipe.data import MixRecipe, NgramBalance
+    from sailyard.stage import StageContext
+
+# A small data set may fill its share by being seen twice, not more; our choice.
+MAX_REPEATS = 2
+# n-gram balance applies to captions and to questions made from them (paper section 3.2.2).
+NGRAM_INPUTS = ("captions", "vqa")
+# Samples are put in random order a block at a time, so that a mix larger than memory works.
+BLOCK = 8192
+
+
+class EmptyMix(ValueError):
+    """No input of a mix holds a sample, or every weight is 0."""
+
+
+@dataclass(slots=True)
+class DataSet:
+    """Samples of one source within one input: their positions, and texts where they are needed."""
+
+    input_name: str
+    source: str
+    weight: float
+    positions: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.input_name}/{self.source}"
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sample of the mix: where it stands and which pass over its data set this is."""
+
+    input_name: str
+    position: int
+    repeat: int
+
+
+def text_of(sample: Sample) -> str:
+    """What n-grams are counted in: all that is said, without image placeholders."""
+    said = " ".join(message["content"] for message in sample.messages)
+    return said.replace("<image>\n", "")
+
+
+def index_inputs(readers: Mapping[str, SampleReader], recipe: MixRecipe) -> list[DataSet]:
+    """The data sets in the inputs. A user's samples carry their own weight in meta["weight"]."""
+    found: dict[tuple[str, str], DataSet] = {}
+    for input_name, reader in readers.items():
+        wants_text = recipe.ngram is not None and input_name in NGRAM_INPUTS
+        for position in range(len(reader)):
+            sample = reader[position]
+            key = (input_name, sample.source)
+            if key not in found:
+                weight = recipe.weights.get(sample.source, recipe.weights.get(input_name, 1.0))
+                weight *= float(sample.meta.get("weight", 1.0))
+                found[key] = DataSet(input_name, sample.source, weight)
+            found[key].positions.append(position)
+            if wants_text:
+                found[key].texts.append(text_of(sample))
+    return list(found.values())
+
+
+def quotas(sizes: list[int], weights: list[float], temperature: float, num: int) -> list[int]:
+    """Samples per data set, `num` in all where repeats allow it.
+
+    Shares follow size ** temperature * weight; a data set that would exceed MAX_REPEATS passes is
+    filled to that limit and the rest is shared again among the others.
+    """
+    shares = [s**temperature * w if s else 0.0 for s, w in zip(sizes, weights, strict=True)]
+    limits = [s * MAX_REPEATS if share else 0 for s, share in zip(sizes, shares, strict=True)]
+    out = [0] * len(sizes)
+    open_sets = [i for i, limit in enumerate(limits) if limit]
+    left = min(num, sum(limits))
+    while open_sets and left:
+        total = sum(shares[i] for i in open_sets)
+        full = [i for i in open_sets if left * shares[i] / total >= limits[i]]
+        if not full:
+            _share_out(open_sets, shares, left, limits, out)
+            break
+        for i in full:
+            out[i] = limits[i]
+            left -= limits[i]
+        open_sets = [i for i in open_sets if i not in full]
+    return out
+
+
+def _share_out(
+    members: list[int], shares: list[float], num: int, limits: list[int], out: list[int]
+) -> None:
+    """Largest remainders: whole numbers that add up to `num`."""
+    total = sum(shares[i] for i in members)
+    exact = {i: num * shares[i] / total for i in members}
+    for i in members:
+        out[i] = int(exact[i])
+    missing = num - sum(out[i] for i in members)
+    for i in sorted(members, key=lambda i: out[i] - exact[i]):
+        if missing and out[i] < limits[i]:
+            out[i] += 1
+            missing -= 1
+
+
+def draw_set(
+    data: DataSet, num: int, ngram: NgramBalance | None, rng: np.random.Generator
+) -> list[Draw]:
+    """`num` draws from one data set: whole passes first, then a part, by n-gram weight if asked."""
+    passes, rest = divmod(num, len(data.positions))
+    draws = [Draw(data.input_name, p, r) for r in range(passes) for p in data.positions]
+    if data.texts and ngram is not None:
+        weights = ngram_weights(data.texts, ngram.n, ngram.temperature, ngram.cap)
+        chosen = weighted_draw(weights, rest, rng)
+    else:
+        chosen = rng.permutation(len(data.positions))[:rest]
+    return draws + [Draw(data.input_name, data.positions[int(i)], passes) for i in chosen]
+
+
+def ngram_report(
+    sets: list[DataSet], draws: list[list[Draw]], ngram: NgramBalance, rng: np.random.Generator
+) -> dict[str, dict[str, float]]:
+    """n-gram entropy of what was drawn ("after") and of an even draw of equal size ("before")."""
+    before: list[str] = []
+    after: list[str] = []
+    for data, drawn in zip(sets, draws, strict=True):
+        if not data.texts or not drawn:
+            continue
+        place = {position: i for i, position in enumerate(data.positions)}
+        after += [data.texts[place[d.position]] for d in drawn]
+        even = draw_set(data, len(drawn), None, rng)
+        before += [data.texts[place[d.position]] for d in even]
+    return {
+        "before": count_ngrams(before, ngram.n).entropy(),
+        "after": count_ngrams(after, ngram.n).entropy(),
+    }
+
+
+def in_blocks(readers: Mapping[str, SampleReader], order: list[Draw]) -> Iterator[Sample]:
+    """The samples in `order`, read a block at a time. Repeats get ids of their own."""
+    for start in range(0, len(order), BLOCK):
+        block = order[start : start + BLOCK]
+        by_place = sorted(range(len(block)), key=lambda i: (block[i].input_name, block[i].position))
+        read: dict[int, Sample] = {}
+        for i in by_place:
+            draw = block[i]
+            sample = readers[draw.input_name][draw.position]
+            # Inputs number their samples independently: the input's name keeps ids apart.
+            suffix = f"#{draw.repeat}" if draw.repeat else ""
+            sample.id = f"{draw.input_name}:{sample.id}{suffix}"
+            sample.meta["input"] = draw.input_name
+            read[i] = sample
+        yield from (read[i] for i in range(len(block)))
+
+
+def run(ctx: StageContext) -> None:
+    """The stage: data sets in, one mix out."""
+    recipe: MixRecipe = getattr(
+        ctx.section("curation.mix"), ctx.stage_name.removeprefix("curation.mix_")
+    )
+    readers = {name: SampleReader(ctx.input(name)) for name in ctx.input_names}
+    rng = np.random.default_rng(ctx.seed)
+    sets = index_inputs(readers, recipe)
+    sizes = [len(data.positions) for data in sets]
+    wanted = min(recipe.num_samples, sum(sizes))
+    counts = quotas(sizes, [data.weight for data in sets], recipe.temperature, wanted)
+    if not sum(counts):
+        raise EmptyMix(
+            f"{ctx.stage_name}: the inputs {', '.join(readers)} hold {sum(sizes)} samples and "
+            "none was drawn; check curation.mix weights and the stages before"
+        )
+    draws = [draw_set(data, num, recipe.ngram, rng) for data, num in zip(sets, counts, strict=True)]
+    flat = [draw for drawn in draws for draw in drawn]
+    order = [flat[int(i)] for i in rng.permutation(len(flat))]
+
+    def watched() -> Iterator[Sample]:
+        for done, sample in enumerate(in_blocks(readers, order), 1):
+            ctx.progress(done, len(order))
+            yield sample
+
+    write_samples(ctx.output("mix"), watched())
+    summary: dict[str, Any] = {
+        "num_samples": len(order),
+        "num_available": sum(sizes),
+        "sources": {
+            data.name: {"available": size, "drawn": num}
+            for data, size, num in zip(sets, sizes, counts, strict=True)
+        },
+    }
+    if recipe.ngram is not None:
+        summary["ngram_entropy"] = ngram_report(sets, draws, recipe.ngram, rng)
+    ctx.summary(**summary)
