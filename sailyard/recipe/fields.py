@@ -118,10 +118,12 @@ def _may_be_null(field: FieldInfo) -> bool:
 
 
 def _value(recipe: Recipe, path: str, field: FieldInfo) -> Any:
-    try:
-        return get_section(recipe, path)
-    except RecipeError:  # inside a section that is null by default
-        return field.get_default(call_default_factory=True, validated_data={})
+    value: Any = recipe
+    for name in path.split("."):
+        if value is None:  # inside a section that is null by default
+            return field.get_default(call_default_factory=True, validated_data={})
+        value = getattr(value, name)
+    return value
 
 
 def _show(value: Any) -> str:
