@@ -31,9 +31,11 @@ from operators.processes import (
     marked_processes,
 )
 from operators.run_task import CREATE_RUN
+from sailyard.cli.output import print_table
 from sailyard.pipeline import build_pipeline
 from sailyard.recipe import RecipeError, load_recipe
-from sailyard.runs import StageState, stage_state
+from sailyard.report import build_report, report_tables
+from sailyard.runs import StageState, stage_log, stage_state
 from sailyard.settings import get_settings
 from sailyard.yard import Yard
 
@@ -43,6 +45,7 @@ READY_TIMEOUT_S = 120.0
 POLL_S = 1.0
 # Airflow's API shares two cores with the training stages; a slow answer now and then is no fault.
 MAX_FAILED_POLLS = 30
+LOG_LINES = 30
 
 
 class DemoFailed(RuntimeError):
@@ -62,6 +65,8 @@ class Demo:
         self._board_url = f"http://127.0.0.1:{board_port}"
         self._airflow.environment["SAILYARD_BOARD_URL"] = self._board_url
         self._board_port = board_port
+        self._yard = Yard()
+        self._run = ""
         self.is_up = False
         """Whether all of it was done and only waits for Ctrl-C."""
 
@@ -104,9 +109,8 @@ class Demo:
         self._services.start(
             "board",
             [
-                *(sys.executable, "-m", "streamlit", "run", str(REPOSITORY / "dashboard/app.py")),
-                *("--server.address", "127.0.0.1", "--server.port", str(self._board_port)),
-                *("--server.headless", "true", "--browser.gatherUsageStats", "false"),
+                *(sys.executable, "-m", "dashboard"),
+                *("--host", "127.0.0.1", "--port", str(self._board_port)),
             ],
             self._airflow.environment,
             self._home / "logs" / "board.log",
@@ -118,15 +122,17 @@ class Demo:
         run_id = client.trigger(DAG_ID, self._conf())
         recipe = load_recipe(self._options.recipe, self._options.set)
         stages = [stage.name for stage in build_pipeline(recipe).stages]
-        yard = Yard()
-        yard_run = ""
         with demo_view.StageView(self._console) as view:
             for instances in self._polls(run_id):
-                yard_run = yard_run or client.returned(DAG_ID, run_id, CREATE_RUN)
-                states = {s.stage: s for s in stage_state(yard_run, yard)} if yard_run else {}
-                view.update(stage_rows(stages, instances, states))
+                view.update(stage_rows(stages, instances, self._states(run_id)))
         if client.run_state(DAG_ID, run_id) != "success":
             raise DemoFailed(self._why(run_id))
+
+    def _states(self, run_id: str) -> dict[str, StageState]:
+        """Stage name -> its state, once the DAG run has opened its pipeline run."""
+        self._run = self._run or self._airflow.client.returned(DAG_ID, run_id, CREATE_RUN)
+        states = stage_state(self._run, self._yard) if self._run else []
+        return {state.stage: state for state in states}
 
     def _conf(self) -> dict[str, Any]:
         data = str(Path(self._options.data).resolve()) if self._options.data else ""
@@ -154,12 +160,13 @@ class Demo:
     def _why(self, run_id: str) -> str:
         """What failed, with the end of its log."""
         client = self._airflow.client
-        parts = [f"the run {run_id} failed"]
+        parts = [f"The run failed. Airflow shows it at {self._airflow.url}/dags/{DAG_ID}"]
         for instance in client.task_instances(DAG_ID, run_id):
             if instance["state"] == "failed":
-                task_id, tries = instance["task_id"], instance["try_number"]
-                log = client.task_log(DAG_ID, run_id, task_id, tries)
-                parts.append(f"{task_id}:\n" + "\n".join(log.splitlines()[-30:]))
+                name = instance["task_id"]
+                log = stage_log(self._run, name, yard=self._yard) if self._run else ""
+                log = log or client.task_log(DAG_ID, run_id, name, instance["try_number"])
+                parts.append("\n".join([f"{name}:", *log.splitlines()[-LOG_LINES:]]))
         return "\n\n".join(parts)
 
     def _start_endpoint(self) -> None:
@@ -187,6 +194,8 @@ class Demo:
             time.sleep(0.3)
 
     def _print_results(self) -> None:
+        for title, columns, rows in report_tables(build_report(self._yard, self._run)):
+            print_table(title, columns, rows)
         self._console.print(f"Airflow  {self._airflow.url}/dags/{DAG_ID}", highlight=False)
         self._console.print(f"Board    {self._board_url}", highlight=False)
         self._console.print(f"Endpoint http://127.0.0.1:{self._endpoint_port}/v1", highlight=False)
