@@ -250,7 +250,7 @@ def _explain(error: S3Error, what: str, where: str) -> StoreError:
 
 def _http_client(retries: int) -> urllib3.PoolManager:
     return urllib3.PoolManager(
-        timeout=urllib3.Timeout(connect=5, read=60),
+        timeout=urllib3.Timeout(connect=5, read=30),
         maxsize=10,
         cert_reqs="CERT_REQUIRED",
         ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),

@@ -397,10 +397,3 @@ def test_really_full_disk(tiny_disk: Path, folder: Path, tmp_path: Path) -> None
         artifacts.publish(folder, "dataset")
     assert len(artifacts.store.list("artifacts/")) == 2
     assert artifacts.fetch(first.digest).is_dir()
-
-
-def test_unknown_store_scheme_is_refused() -> None:
-    with pytest.raises(ValueError, match="file:///folder or s3://bucket/prefix"):
-        Settings(store="ftp://host/place")
-    with pytest.raises(ValueError, match="SAILYARD_S3_SECURE"):
-        Settings(s3_endpoint="https://host")

@@ -94,7 +94,7 @@ def test_missing_bucket_and_wrong_keys_say_what_to_do(s3_settings: Settings) -> 
         store=s3_settings.store,
         s3_endpoint=s3_settings.s3_endpoint,
         s3_access_key=s3_settings.s3_access_key,
-        s3_secret_key="wrong",  # type: ignore[arg-type]
+        s3_secret_key="wrong",
         s3_secure=False,
     )
     with pytest.raises(StoreError, match=r"refused the keys .*SAILYARD_S3_SECRET_KEY") as raised:

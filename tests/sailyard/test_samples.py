@@ -158,7 +158,7 @@ json_values = st.recursive(
 
 
 @hypothesis_settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     meta=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), json_values),
