@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 # "(A) 3", "B. 4", "C: red" on lines of their own.
 _OPTION = re.compile(r"^\s*\(?([A-H])[).:]\s*(.+?)\s*$", re.MULTILINE)
 # Free answers must be checkable: numbers and short formulas, not phrases (spec 3.9).
-_SYMBOLIC = re.compile(r"^[-+*/^()=.\d\sa-zπ\\{}]{1,40}$")
+_SYMBOLIC = re.compile(r"^[-+*/^()=.\d\sa-zA-Zπ{}]{1,40}$")
+_FUNCTION = re.compile(r"\\?(?:frac|sqrt|sin|cos|tan|log|ln|exp|pi)(?![a-z])")
+_WORD = re.compile(r"[a-zA-Z]{2}")
 
 
 class BadPrompt(ValueError):
@@ -84,9 +86,10 @@ def rewrite_options(sample: Sample) -> Sample | None:
     if len(options) < 2 or answer not in options:
         return None
     text = options[answer]
-    is_number = parse_number(text) is not None and not re.search(r"[a-zA-Z]{2}", text)
-    if not is_number and not _SYMBOLIC.match(text):
+    plain = _FUNCTION.sub("", text)
+    if _WORD.search(plain) or not _SYMBOLIC.match(plain):
         return None
+    is_number = parse_number(text) is not None and not re.search(r"[a-zA-Z^*/(]", text)
     free = _OPTION.sub("", question).rstrip()
     messages = [{**sample.messages[0], "content": free}, *sample.messages[1:]]
     meta = {**sample.meta, "answer": text, "check": "number" if is_number else "math"}

@@ -1,0 +1,196 @@
+"""Small measurements with a captioner: is an answer believable, does a source help.
+
+Every function packs samples into one row (the model keeps them apart by segment), so nothing is
+padding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from model.masks import block_mask, block_positions
+from model.modeling import IGNORE
+from sailyard.media import decode_image
+from sailyard.samples import Sample
+
+if TYPE_CHECKING:
+    from model.modeling import SailVLForConditionalGeneration
+    from model.processor import Encoded, SailVLProcessor
+
+ROW_TOKENS = 4096
+PHRASE_TOKENS = 1024  # of a row of phrases, whose attention mask is dense
+# A captioner contradicts an answer when it is this sure of another first word.
+SURE = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Samples side by side.
+
+    Attributes:
+        input_ids, segment_ids, labels: [1, T]; segments count from 1.
+        pixel_values: [N, 3, S, S] or None.
+    """
+
+    input_ids: torch.Tensor
+    segment_ids: torch.Tensor
+    labels: torch.Tensor
+    pixel_values: torch.Tensor | None
+
+
+def encode(processor: SailVLProcessor, samples: Sequence[Sample]) -> list[Encoded]:
+    """Conversations with their images, as the model reads them."""
+    return [
+        processor.encode(
+            sample.messages,
+            [decode_image(data) for data in sample.images],
+            is_video=sample.is_video,
+        )
+        for sample in samples
+    ]
+
+
+def pack(encoded: Sequence[Encoded]) -> Row:
+    """One row; labels stand on trained tokens only."""
+    lengths = [len(item.input_ids) for item in encoded]
+    ids = np.concatenate([item.input_ids for item in encoded])
+    trained = np.concatenate([item.loss_mask for item in encoded])
+    tiles = [item.pixel_values for item in encoded if item.num_tiles]
+    return Row(
+        input_ids=torch.from_numpy(ids)[None],
+        segment_ids=torch.from_numpy(np.repeat(np.arange(1, len(lengths) + 1), lengths))[None],
+        labels=torch.from_numpy(np.where(trained, ids, IGNORE))[None],
+        pixel_values=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
+    )
+
+
+def rows_of(lengths: Sequence[int], limit: int = ROW_TOKENS) -> Iterator[list[int]]:
+    """Consecutive positions that fit into rows of `limit` tokens; a longer one stands alone."""
+    row: list[int] = []
+    used = 0
+    for position, length in enumerate(lengths):
+        if row and used + length > limit:
+            yield row
+            row, used = [], 0
+        row.append(position)
+        used += length
+    if row:
+        yield row
+
+
+def _forward(model: SailVLForConditionalGeneration, row: Row):  # type: ignore[no-untyped-def]
+    return model(
+        input_ids=row.input_ids,
+        attention_mask=row.segment_ids,
+        labels=row.labels,
+        pixel_values=row.pixel_values,
+        output_router_logits=False,
+    )
+
+
+@torch.inference_mode()
+def answer_probabilities(
+    model: SailVLForConditionalGeneration, encoded: Sequence[Encoded]
+) -> np.ndarray:
+    """Mean probability of the trained tokens of each sample, [N]."""
+    model.eval()
+    found = np.zeros(len(encoded))
+    for positions in rows_of([len(item.input_ids) for item in encoded]):
+        row = pack([encoded[p] for p in positions])
+        out = _forward(model, row)
+        segments = row.segment_ids[out.label_rows, out.label_cols] - 1
+        totals = torch.zeros(len(positions)).index_add_(0, segments, (-out.loss_per_token).exp())
+        counts = torch.bincount(segments, minlength=len(positions)).clamp_min(1)
+        found[positions] = (totals / counts).numpy()
+    return found
+
+
+@torch.inference_mode()
+def contradictions(
+    model: SailVLForConditionalGeneration, encoded: Sequence[Encoded]
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many answers of each sample the model contradicts [N], and how many there are [N].
+
+    It contradicts an answer when it gives more than SURE to another first token. A model that
+    knows little is seldom sure and contradicts nobody.
+    """
+    model.eval()
+    against, answers = np.zeros(len(encoded), dtype=int), np.zeros(len(encoded), dtype=int)
+    for positions in rows_of([len(item.input_ids) for item in encoded]):
+        row = pack([encoded[p] for p in positions])
+        out = _forward(model, row)
+        columns, segments = out.label_cols, row.segment_ids[out.label_rows, out.label_cols] - 1
+        # The first trained token of a turn is the one whose neighbour before it is not trained.
+        first = row.labels[0, columns - 1] == IGNORE
+        probability, guess = out.logits[first].float().softmax(dim=-1).max(dim=-1)
+        wrong = (guess != row.labels[0, columns[first]]) & (probability > SURE)
+        segments = segments[first].numpy()
+        np.add.at(answers, np.array(positions)[segments], 1)
+        np.add.at(against, np.array(positions)[segments[wrong.numpy()]], 1)
+    return against, answers
+
+
+def tune(
+    model: SailVLForConditionalGeneration,
+    encoded: Sequence[Encoded],
+    *,
+    lr: float,
+    batch_tokens: int,
+    seed: int,
+) -> SailVLForConditionalGeneration:
+    """A copy of the model after one pass over the samples, in a seeded order.
+
+    A probe, not a training stage: AdamW without warm-up, all parts, no checkpoints.
+    """
+    tuned = copy.deepcopy(model).train()
+    tuned.requires_grad_(True)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    order = np.random.default_rng(seed).permutation(len(encoded))
+    shuffled = [encoded[int(i)] for i in order]
+    for positions in rows_of([len(item.input_ids) for item in shuffled], batch_tokens):
+        out = _forward(tuned, pack([shuffled[p] for p in positions]))
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return tuned.eval()
+
+
+@torch.inference_mode()
+def embed_phrases(
+    model: SailVLForConditionalGeneration, processor: SailVLProcessor, phrases: Sequence[str]
+) -> np.ndarray:
+    """Mean-pooled last hidden states of each phrase, [N, D] float32 (spec A12)."""
+    model.eval()
+    ids = [
+        np.array(processor.encode_text(phrase) or [processor.pad_token_id]) for phrase in phrases
+    ]
+    table = np.zeros((len(phrases), model.config.text_config.hidden_size), dtype=np.float32)
+    for positions in rows_of([len(item) for item in ids], PHRASE_TOKENS):
+        lengths = [len(ids[p]) for p in positions]
+        row = torch.from_numpy(np.concatenate([ids[p] for p in positions]))[None]
+        segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+        hidden = _hidden(model, row, segments + 1)
+        pooled = torch.zeros(len(lengths), hidden.shape[-1]).index_add_(0, segments, hidden.float())
+        table[positions] = (pooled / torch.tensor(lengths)[:, None]).numpy()
+    return table
+
+
+def _hidden(
+    model: SailVLForConditionalGeneration, ids: torch.Tensor, segments: torch.Tensor
+) -> torch.Tensor:
+    """Last hidden states [T, D] of packed text."""
+    output = model.language_model.model(
+        inputs_embeds=model.get_input_embeddings()(ids),
+        attention_mask=block_mask(segments[None]),
+        position_ids=block_positions(segments[None]),
+        use_cache=False,
+    )
+    hidden: torch.Tensor = output.last_hidden_state[0]
+    return hidden
