@@ -29,6 +29,10 @@ NGRAM_INPUTS = ("captions", "vqa")
 BLOCK = 8192
 
 
+# How sources of user data begin (see curation.ingest).
+USER_PREFIX = "user:"
+
+
 class EmptyMix(ValueError):
     """No input of a mix holds a sample, or every weight is 0."""
 
@@ -63,8 +67,10 @@ def text_of(sample: Sample) -> str:
     return said.replace("<image>\n", "")
 
 
-def index_inputs(readers: Mapping[str, SampleReader], recipe: MixRecipe) -> list[DataSet]:
-    """The data sets in the inputs. A user's samples carry their own weight in meta["weight"]."""
+def index_inputs(
+    readers: Mapping[str, SampleReader], recipe: MixRecipe, user_weight: float
+) -> list[DataSet]:
+    """The data sets in the inputs; `user_weight` multiplies the mix's weight of user data."""
     found: dict[tuple[str, str], DataSet] = {}
     for input_name, reader in readers.items():
         wants_text = recipe.ngram is not None and input_name in NGRAM_INPUTS
@@ -73,7 +79,7 @@ def index_inputs(readers: Mapping[str, SampleReader], recipe: MixRecipe) -> list
             key = (input_name, sample.source)
             if key not in found:
                 weight = recipe.weights.get(sample.source, recipe.weights.get(input_name, 1.0))
-                weight *= float(sample.meta.get("weight", 1.0))
+                weight *= user_weight if sample.source.startswith(USER_PREFIX) else 1.0
                 found[key] = DataSet(input_name, sample.source, weight)
             found[key].positions.append(position)
             if wants_text:
@@ -172,12 +178,10 @@ def in_blocks(readers: Mapping[str, SampleReader], order: list[Draw]) -> Iterato
 
 def run(ctx: StageContext) -> None:
     """The stage: data sets in, one mix out."""
-    recipe: MixRecipe = getattr(
-        ctx.section("curation.mix"), ctx.stage_name.removeprefix("curation.mix_")
-    )
+    recipe: MixRecipe = ctx.section(ctx.stage_name.replace("mix_", "mix."))
     readers = {name: SampleReader(ctx.input(name)) for name in ctx.input_names}
     rng = np.random.default_rng(ctx.seed)
-    sets = index_inputs(readers, recipe)
+    sets = index_inputs(readers, recipe, ctx.section("data").weight)
     sizes = [len(data.positions) for data in sets]
     wanted = min(recipe.num_samples, sum(sizes))
     counts = quotas(sizes, [data.weight for data in sets], recipe.temperature, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from curation.world.draw import add_grain
+from curation.world.draw import add_grain, package_file
 from curation.world.scene import in_heldout, sample_background
 
 INKS = ((20, 20, 20), (25, 40, 130), (120, 25, 30))
@@ -17,10 +18,13 @@ INKS = ((20, 20, 20), (25, 40, 130), (120, 25, 30))
 
 @lru_cache(maxsize=1)
 def _scans() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # slow import, only where digits are drawn
+    """uint8 scans [1797, 8, 8] and their digits, straight from the file the wheel ships.
 
-    data = load_digits()
-    return np.minimum(data.images * 16, 255).astype(np.uint8), data.target
+    `sklearn.datasets` would import SciPy and half of scikit-learn for the same table.
+    """
+    with gzip.open(package_file("sklearn", "datasets/data/digits.csv.gz"), "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+    return np.minimum(table[:, :64].reshape(-1, 8, 8) * 16, 255).astype(np.uint8), table[:, 64]
 
 
 @lru_cache(maxsize=4)

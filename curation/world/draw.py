@@ -6,9 +6,11 @@ compression level 1, because at 84 pixels encoding costs more than drawing.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
@@ -17,6 +19,20 @@ from curation.world.scene import COLOURS, Scene, Thing
 
 OVERSAMPLE = 2
 NUM_GRAINS = 16
+
+
+def package_file(package: str, name: str) -> Path:
+    """A data file inside an installed package, found without importing the package.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f"{package} lends the small world real data: install the extra [train]"
+        )
+    return Path(spec.origin).parent / name
 
 
 def encode(image: Image.Image) -> bytes:

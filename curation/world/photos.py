@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from curation.world.draw import package_file
 from curation.world.scene import in_heldout, pick
 
 # Answer -> (file in skimage/data, smallest crop as a share of the short side, (left, top, right,
@@ -68,9 +68,7 @@ class PhotoCrop:
 
 @lru_cache(maxsize=len(PHOTOS))
 def _photo(noun: str) -> Image.Image:
-    import skimage  # lazy: the package only lends its data folder
-
-    path = Path(skimage.__file__).parent / "data" / PHOTOS[noun][0]
+    path = package_file("skimage", f"data/{PHOTOS[noun][0]}")
     with Image.open(path) as opened:
         image = opened.convert("RGBA")
     flat = Image.new("RGB", image.size, "white")

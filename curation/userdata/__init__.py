@@ -1,0 +1,1 @@
+"""What users have, read as samples: folders, tars, tables, Hugging Face data sets, videos."""
