@@ -131,6 +131,15 @@ class Registry:
             row = _find(session, ref)
             return _infos(session, [row])[0]
 
+    def find(self, name: str, checkpoint: str) -> ModelVersion | None:
+        """The version that is this checkpoint under this name, or None."""
+        with self._database.read() as session:
+            query = select(VersionRow).where(
+                VersionRow.name == name, VersionRow.checkpoint == checkpoint
+            )
+            rows = session.scalars(query).all()
+            return _infos(session, rows)[0] if rows else None
+
     def current(self, alias: str) -> ModelVersion | None:
         """The version the alias points at, or None."""
         with self._database.read() as session:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,14 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """Checkpoints of one cache key in an object store."""
 
-    def __init__(self, store: ObjectStore, cache_key: str, folder: Path, keep: int = 2) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        cache_key: str,
+        folder: Path,
+        keep: int = 2,
+        before_pointer: Callable[[], None] = lambda: None,
+    ) -> None:
         """Open the checkpoints of a cache key.
 
         Args:
@@ -35,11 +43,14 @@ class Checkpoints:
             folder: Local folder that ``latest`` downloads into.
             keep: Newest checkpoints that survive a save. Two: should the newest turn out
                 damaged, one is left.
+            before_pointer: Called when a save is about to count. A resumed stage starts after
+                it and never reports what came before again, so that must be safe by then.
         """
         self._store = store
         self._prefix = f"checkpoints/{cache_key}/"
         self._folder = folder
         self._keep = keep
+        self._before_pointer = before_pointer
 
     def save(self, step: int, directory: Path) -> None:
         """Keep a copy of the directory's files as the checkpoint of a step.
@@ -62,6 +73,7 @@ class Checkpoints:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self._store.put(data + name, path, sha256=digest)
             files.append({"name": name, "sha256": digest})
+        self._before_pointer()
         self._store.write_json(
             self._pointer_key(step), {"step": step, "data": data, "files": files}
         )

@@ -36,6 +36,7 @@ class LiveRecorder:
         self._channel = channel
         self._lines = ProgressLines(stage_name)
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._points: list[Point] = []
         self._progress: tuple[int, int, str] | None = None
         self._dropped = 0
@@ -78,22 +79,28 @@ class LiveRecorder:
             waiting = bool(self._points) or self._progress is not None
             if waiting or silent >= records.HEARTBEAT_SECONDS:
                 silent = 0.0
-                try:
-                    self._flush()
-                except Exception as error:
-                    log.warning("lineage is behind: %s", str(error).splitlines()[0])
+                self.flush()
+
+    def flush(self) -> None:
+        """Write now; a database that is away is worth a warning, the points stay queued."""
+        try:
+            self._flush()
+        except Exception as error:
+            log.warning("lineage is behind: %s", (str(error).splitlines() or [""])[0])
 
     def _flush(self) -> None:
-        with self._lock:
-            points, self._points = self._points, []
-            progress, self._progress = self._progress, None
-        try:
-            records.beat(self._database, self._stage_run_id, points, progress)
-        except BaseException:
+        # One batch at a time: what a caller flushes may be in the thread's hands already.
+        with self._writing:
             with self._lock:
-                self._points = points + self._points
-                self._progress = self._progress or progress
-            raise
+                points, self._points = self._points, []
+                progress, self._progress = self._progress, None
+            try:
+                records.beat(self._database, self._stage_run_id, points, progress)
+            except BaseException:
+                with self._lock:
+                    self._points = points + self._points
+                    self._progress = self._progress or progress
+                raise
 
 
 def _send(channel: int, message: Mapping[str, object]) -> None:

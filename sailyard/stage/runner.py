@@ -118,6 +118,9 @@ class _Attempt:
             resumes=self.checkpoints.exist(),
         )
         recorder = LiveRecorder(self.yard.database, stage_run_id, self.stage.name, self.channel)
+        self.checkpoints = Checkpoints(
+            self.yard.store, self.key, self.work / "resume", before_pointer=recorder.flush
+        )
         context = self._context(recorder)
         recorder.start()
         print(f"{self.stage.name}: started ({self.key[:12]})", flush=True)
@@ -331,11 +334,3 @@ def _one_line(problem: BaseException) -> str:
     name = type(problem).__name__
     # Our own errors are sentences; others say too little without their type.
     return text if text and isinstance(problem, StageError) else f"{name}: {text}".rstrip(": ")
-
-
-def describe_exit(code: int) -> str:
-    """A sentence about a stage process's exit code."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    known = {EXIT_OK: "finished", EXIT_FAILED: "failed", EXIT_RESUME: "stopped; run it again"}
-    return known.get(code, f"ended with {code}")
