@@ -7,10 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -19,10 +21,11 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from model.attention import BACKEND
-from model.config import SailViTConfig, SailVLConfig
+from model.chat import IMG_CONTEXT
+from model.config import SailViTConfig, SailVLConfig, language_config_of, vision_config_of
 from model.modeling import SailVLForConditionalGeneration
 from model.processor import SailVLProcessor
-from model.tokenizer import load_tokenizer
+from model.tokenizer import is_hub_id, load_tokenizer
 from model.vision import SailViT
 
 SHARD_SIZE = "4GB"
@@ -94,6 +97,33 @@ def build_model(
     return model
 
 
+def build_from_recipe(
+    section: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vision: SailViT | None = None,
+    language: PreTrainedModel | None = None,
+    seed: int = 0,
+) -> SailVLForConditionalGeneration:
+    """The network of a recipe's `model` section (read by attribute).
+
+    Args:
+        section: with `vision`, `language`, `downsample`.
+        tokenizer: of the language model; must know `<IMG_CONTEXT>`.
+        vision, language: trained parts; random ones of the section's shape when omitted.
+        seed: of everything random.
+    """
+    moe = section.language.moe
+    return build_model(
+        vision if vision is not None else vision_config_of(section.vision),
+        language if language is not None else language_config_of(section.language, tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMG_CONTEXT),
+        downsample=section.downsample,
+        router_global_balance=moe is None or moe.global_balance,
+        seed=seed,
+    )
+
+
 def save_model(
     directory: str | Path, model: SailVLForConditionalGeneration, processor: SailVLProcessor
 ) -> None:
@@ -124,15 +154,20 @@ def save_vision(directory: str | Path, vision: SailViT) -> None:
     _save(directory, vision)
 
 
-def load_vision(directory: str | Path, dtype: torch.dtype = torch.float32) -> SailViT:
-    """Read a tower: one of ours or an AIMv2 encoder in transformers' layout.
+def load_vision(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> SailViT:
+    """Read a tower: a directory or Hugging Face id of ours or of AIMv2 in transformers' layout.
 
     Raises:
         CheckpointError: a different kind of model.
     """
-    _check_type(directory, ("sailvit", "aimv2_vision_model"))
+    _check_type(name_or_path, ("sailvit", "aimv2_vision_model"))
     with _quiet():
-        return SailViT.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+        return SailViT.from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_head=False,  # AIMv2's pooling head is not part of SAIL-ViT
+        )
 
 
 def save_language(
@@ -144,20 +179,32 @@ def save_language(
 
 
 def load_language(
-    directory: str | Path, dtype: torch.dtype = torch.float32
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a Qwen3 or Qwen3-MoE causal language model and its tokenizer.
+
+    The tokenizer gets the released visual tokens if it lacks them.
+
+    Args:
+        name_or_path: directory or Hugging Face id.
+        dtype: of the weights in memory.
 
     Raises:
         CheckpointError: a different kind of model.
         TokenizerError: no tokenizer, or not Qwen's.
     """
-    _check_type(directory, LANGUAGE_TYPES)
+    _check_type(name_or_path, LANGUAGE_TYPES)
     with _quiet():
         language = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=BACKEND
+            name_or_path, dtype=dtype, attn_implementation=BACKEND
         )
-    return language, load_tokenizer(directory)
+    tokenizer = load_tokenizer(name_or_path)
+    if len(tokenizer) > language.config.vocab_size:
+        raise CheckpointError(
+            f"{name_or_path} has {language.config.vocab_size} embedding rows for "
+            f"{len(tokenizer)} tokens, the visual ones included; train it with a larger vocab_size"
+        )
+    return language, tokenizer
 
 
 def _save(directory: str | Path, model: PreTrainedModel) -> None:
@@ -179,15 +226,20 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _check_type(directory: str | Path, expected: tuple[str, ...]) -> None:
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} holds no config.json; is it a checkpoint directory?")
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _check_type(name_or_path: str | Path, expected: tuple[str, ...]) -> None:
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} holds no config.json; is it a checkpoint directory?")
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    elif is_hub_id(name_or_path):
+        config, _ = PreTrainedConfig.get_config_dict(str(name_or_path))
+    else:
+        raise CheckpointError(f"there is no directory {path}; give one, or a Hugging Face id")
     found = config.get("model_type")
     if found not in expected:
         raise CheckpointError(
-            f"{directory} holds a {found!r} model where {' or '.join(expected)} is needed"
+            f"{name_or_path} holds a {found!r} model where {' or '.join(expected)} is needed"
         )
 
 

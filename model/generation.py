@@ -7,7 +7,7 @@ last bits of a matrix product, which differ with its shape).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,8 +44,8 @@ class Completion:
     Attributes:
         text: decoded answer without the closing token; `<think>` and `<box>` stay in.
         token_ids: sampled ids, the closing `<|im_end|>` included when there is one.
-        logprobs: natural log of each token's probability in the distribution it was drawn from
-            (softmax of logits / temperature; of the plain logits when decoding is greedy).
+        logprobs: natural log of each token's probability under softmax(logits / temperature),
+            under softmax(logits) when decoding is greedy.
         finished: the model closed its turn, rather than running out of tokens.
     """
 
@@ -178,6 +178,8 @@ class _Sampler:
                 f"{model.config.text_config.max_position_embeddings}; shorten it or use fewer tiles"
             )
         self.limit = min(max_new_tokens, room)
+        vocab_size = model.config.text_config.vocab_size
+        self.never = torch.from_numpy(processor.never_generated(vocab_size)).to(device)
         embeds = model.embed(input_ids.to(device), None if pixels is None else pixels.to(device))
         self.decoder = Decoder(
             model.language_model, embeds, mask.to(device), self.limit, repeats=repeats
@@ -212,9 +214,8 @@ class _Sampler:
     def _sample(self) -> None:
         if self._pending is not None:
             self.decoder.step(self._pending)
-        tokens, logprobs = _draw(
-            self.decoder.logits, self.temperature, self.draws[self.rows, self.num_steps]
-        )
+        uniforms = self.draws[self.rows, self.num_steps]
+        tokens, logprobs = _draw(self.decoder.logits, self.never, self.temperature, uniforms)
         self._steps.append((self.rows, tokens, logprobs))
         self.closed = self.closed | (tokens == self.processor.end_token_id)
         self.num_steps += 1
@@ -253,17 +254,22 @@ class _Sampler:
 
 
 def _draw(
-    logits_BV: torch.Tensor, temperature: float, uniform_B: torch.Tensor
+    logits_BV: torch.Tensor, never: torch.Tensor, temperature: float, uniform_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] and their log probabilities [B]: greedy at 0, else by inverse cumulative sum."""
+    """Tokens [B] and their log probabilities [B]: greedy at 0, else by inverse cumulative sum.
+
+    The ids of `never` cannot be drawn; log probabilities are those of the model all the same, as
+    a training pass over the answer computes them.
+    """
     logits = logits_BV.float()
     if temperature == 0.0:
         logprobs = torch.log_softmax(logits, dim=-1)
-        tokens = logits.argmax(dim=-1)
+        tokens = logprobs.index_fill(1, never, float("-inf")).argmax(dim=-1)
     else:
         logprobs = torch.log_softmax(logits / temperature, dim=-1)
-        cumulative = logprobs.double().exp().cumsum(dim=-1)
-        # Scaled to the sum reached, which rounding leaves a little off 1.
+        probs = logprobs.double().exp().index_fill_(1, never, 0.0)
+        cumulative = probs.cumsum(dim=-1)
+        # Scaled to the sum reached, which is not quite 1.
         target = uniform_B[:, None].double() * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]

@@ -1,8 +1,13 @@
-"""Mixture of experts: balance loss, router health."""
+"""Mixture of experts: the balance loss and the health of the routers.
+
+Shape suffixes: L expert layers, E experts, N tokens of a batch in row-major order.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -62,3 +67,70 @@ def balance_loss(
     num_experts = prob_LE.shape[1]
     mean_LE = prob_LE * (num_ranks / num_tokens)
     return coefficient * num_experts * (share_LE * mean_LE).sum(dim=1).mean()
+
+
+@dataclass(frozen=True, slots=True)
+class RouterHealth:
+    """How evenly experts are used, one number per expert layer.
+
+    Attributes:
+        entropy: Shannon entropy of the shares of token slots, over log E: 1 is uniform, 0 is one
+            expert for everything (our choice, the paper names no formula).
+        load_max_over_mean: slots of the busiest expert over the mean: 1 is uniform, E the worst.
+        num_dead: experts that got no slot at all.
+        num_tokens: tokens that were routed, padding left out.
+    """
+
+    entropy: tuple[float, ...]
+    load_max_over_mean: tuple[float, ...]
+    num_dead: tuple[int, ...]
+    num_tokens: int
+
+    def summary(self) -> dict[str, float]:
+        """Means over layers of entropy and load, the sum of dead experts."""
+        layers = max(1, len(self.entropy))
+        return {
+            "router_entropy": sum(self.entropy) / layers,
+            "router_load_max_over_mean": sum(self.load_max_over_mean) / layers,
+            "router_dead_experts": float(sum(self.num_dead)),
+        }
+
+
+class RouterMeter:
+    """Counts slots over batches.
+
+    Args:
+        top_k: experts per token.
+    """
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
+        self._slots_LE: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def add(
+        self, router_logits: Sequence[torch.Tensor], token_mask_N: torch.Tensor | None = None
+    ) -> None:
+        """Count a batch: one [N, E] tensor per layer, [N] bool with False for padding."""
+        counts = [count_slots(x, self.top_k, token_mask_N).double() for x in router_logits]
+        slots_LE = torch.stack(counts)  # double: float32 stops counting at 16.8M
+        self._slots_LE = slots_LE if self._slots_LE is None else self._slots_LE + slots_LE
+
+    def health(self) -> RouterHealth:
+        """The health of everything counted.
+
+        Raises:
+            ValueError: nothing was counted.
+        """
+        if self._slots_LE is None or not bool(self._slots_LE.sum() > 0):
+            raise ValueError("no routed token was counted; add() a batch of an expert model first")
+        slots_LE = self._slots_LE
+        share_LE = slots_LE / slots_LE.sum(dim=1, keepdim=True)
+        entropy_L = torch.special.entr(share_LE).sum(dim=1) / math.log(slots_LE.shape[1])
+        load_L = share_LE.amax(dim=1) * slots_LE.shape[1]
+        return RouterHealth(
+            entropy=tuple(entropy_L.tolist()),
+            load_max_over_mean=tuple(load_L.tolist()),
+            num_dead=tuple((slots_LE == 0).sum(dim=1).tolist()),
+            num_tokens=round(float(slots_LE[0].sum()) / self.top_k),
+        )

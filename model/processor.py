@@ -115,6 +115,23 @@ class SailVLProcessor:
         """Id of `<|endoftext|>`, the padding."""
         return self._ids[END_OF_TEXT]
 
+    def never_generated(self, vocab_size: int) -> np.ndarray:
+        """Ids that only the template may write, and rows of the embedding without a token.
+
+        A placeholder in an answer would ask for pixels that do not exist when the answer is
+        trained on or answered to.
+
+        Args:
+            vocab_size: rows of the model's embedding, at least the tokenizer's.
+
+        Returns:
+            [n] int64, ascending.
+        """
+        named = set(self.tokenizer.get_vocab().values())
+        unnamed = set(range(vocab_size)) - named
+        control = {token_id for token, token_id in self._ids.items() if token != IM_END}
+        return np.array(sorted(control | unnamed), dtype=np.int64)
+
     def encode(
         self,
         messages: Sequence[Message],

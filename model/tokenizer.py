@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -121,18 +122,26 @@ def add_sail_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.add_tokens(missing)) if missing else 0
 
 
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local directory.
+def is_hub_id(name_or_path: str | Path) -> bool:
+    """Whether this reads `owner/name` rather than a path on disk."""
+    name = str(name_or_path)
+    return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a directory or a Hugging Face id, with the released visual tokens.
 
     Raises:
-        TokenizerError: there is none, or it lacks the chat format's tokens.
+        TokenizerError: there is none, or it does not know the chat format's turns.
     """
-    directory = Path(directory)
-    if not (directory / "tokenizer.json").is_file():
-        raise TokenizerError(f"{directory} holds no tokenizer.json; is it a checkpoint directory?")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if not is_hub_id(name_or_path) and not (Path(name_or_path) / "tokenizer.json").is_file():
+        raise TokenizerError(
+            f"{name_or_path} holds no tokenizer.json; is it a checkpoint directory?"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in (IM_START, IM_END) if token not in vocabulary]
     if missing:
-        raise TokenizerError(f"the tokenizer in {directory} lacks {missing[0]}; use a Qwen3 one")
+        raise TokenizerError(f"the tokenizer of {name_or_path} lacks {missing[0]}; use Qwen3's")
+    add_sail_tokens(tokenizer)
     return tokenizer

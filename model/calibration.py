@@ -1,0 +1,139 @@
+"""Expert calibration: raise expert-activation entropy on text by training the routers alone.
+
+The paper (section 2.2) calibrates on language data and finds that text behaviour stays while
+entropy on multimodal data rises; it does not say what is trained. Here it is the router weights,
+under the token loss (which keeps the behaviour) and the balance loss (which spreads the slots).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from model.modeling import IGNORE, language_forward
+from model.moe import RouterHealth, RouterMeter, balance_loss
+
+# (input_ids [B, T], segment_ids [B, T] with 0 for padding)
+TextBatch = tuple[torch.Tensor, torch.Tensor]
+
+
+class CalibrationError(ValueError):
+    """A model that has no experts to calibrate."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationStep:
+    """What one step saw, before its update.
+
+    Attributes:
+        token_loss: mean over predicted tokens, nats.
+        balance: the balance loss without coefficient; 1 is uniform.
+        health: of this batch.
+    """
+
+    token_loss: float
+    balance: float
+    health: RouterHealth
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationMeasure:
+    """Token loss (nats per token) and router health over held-out batches."""
+
+    token_loss: float
+    health: RouterHealth
+
+
+def routers(language_model: PreTrainedModel) -> list[nn.Parameter]:
+    """The router weights, one [E, D] per expert layer."""
+    return [
+        layer.mlp.gate.weight
+        for layer in language_model.model.layers
+        if hasattr(layer.mlp, "experts")
+    ]
+
+
+class ExpertCalibrator:
+    """Trains the routers of a Qwen3-MoE decoder; everything else is frozen and stays so.
+
+    Args:
+        language_model: Qwen3-MoE causal language model.
+        lr: of Adam on the router weights.
+        balance_weight: weight of the balance loss beside the token loss (our choice).
+
+    Raises:
+        CalibrationError: the decoder is dense.
+    """
+
+    def __init__(
+        self, language_model: PreTrainedModel, lr: float, balance_weight: float = 1.0
+    ) -> None:
+        self.language_model = language_model
+        self.balance_weight = balance_weight
+        self.parameters = routers(language_model)
+        if not self.parameters:
+            raise CalibrationError(
+                f"a {language_model.config.model_type} decoder has no routers; calibrate only "
+                f"recipes whose model.language.moe is set"
+            )
+        language_model.requires_grad_(False)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=lr)
+        self.top_k = int(language_model.config.num_experts_per_tok)
+
+    def step(self, input_ids: torch.Tensor, segment_ids: torch.Tensor) -> CalibrationStep:
+        """One update on packed text rows, both [B, T]."""
+        self.language_model.train()
+        token_loss, router_logits, real = self._forward(input_ids, segment_ids)
+        balance = balance_loss(router_logits, self.top_k, real, 1.0, all_reduce=True)
+        (token_loss + self.balance_weight * balance).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        meter = RouterMeter(self.top_k)
+        meter.add(router_logits, real)
+        return CalibrationStep(float(token_loss.detach()), float(balance.detach()), meter.health())
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[TextBatch]) -> CalibrationMeasure:
+        """Token loss and router health over batches, nothing trained."""
+        self.language_model.eval()
+        meter = RouterMeter(self.top_k)
+        total, num_batches = 0.0, 0
+        for input_ids, segment_ids in batches:
+            token_loss, router_logits, real = self._forward(input_ids, segment_ids)
+            meter.add(router_logits, real)
+            total, num_batches = total + float(token_loss), num_batches + 1
+        return CalibrationMeasure(total / max(1, num_batches), meter.health())
+
+    def _forward(
+        self, input_ids: torch.Tensor, segment_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+        starts = torch.ones_like(segment_ids, dtype=torch.bool)
+        starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+        labels = input_ids.masked_fill(starts | (segment_ids == 0), IGNORE)
+        embeds = self.language_model.get_input_embeddings()(input_ids)
+        out = language_forward(
+            self.language_model, embeds, attention_mask=segment_ids, labels=labels
+        )
+        assert out.loss_per_token is not None
+        assert out.router_logits is not None
+        token_loss = out.loss_per_token.sum() / max(1, out.loss_per_token.numel())
+        return token_loss, out.router_logits, segment_ids.reshape(-1) != 0
+
+
+def calibrate_experts(
+    language_model: PreTrainedModel,
+    batches: Iterator[TextBatch],
+    *,
+    steps: int,
+    lr: float,
+    balance_weight: float = 1.0,
+) -> list[CalibrationStep]:
+    """Take `steps` batches and update the routers on each; see `ExpertCalibrator`."""
+    calibrator = ExpertCalibrator(language_model, lr, balance_weight)
+    return [calibrator.step(*next(batches)) for _ in range(steps)]
