@@ -5,15 +5,12 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-import torch
-
 from evaluation.alignment import alignment_distances
-from model.checkpoint import build_model, load_language, load_model, load_vision, save_model
-from model.tokenizer import load_tokenizer
+from model.checkpoint import load_language, load_model, load_vision, save_model
 from sailyard.media import decode_image
 from sailyard.samples import read_samples
 from sailyard.stage import StageContext
-from training.bootstrap import make_processor
+from training.assemble import assemble, make_processor
 from training.supervised import SupervisedRun
 
 
@@ -23,18 +20,13 @@ def run(ctx: StageContext) -> None:
     The first stage assembles ViT, a fresh adapter and the language model; the later ones go on
     from the checkpoint before.
     """
-    torch.manual_seed(ctx.seed)
     recipe = ctx.section(ctx.stage_name)
     if ctx.stage_name == "alignment.warmup":
-        model_recipe = ctx.section("model")
-        tokenizer = load_tokenizer(ctx.input("language"))
-        model = build_model(
-            model_recipe,
-            tokenizer,
-            language=load_language(ctx.input("language")),
-            vision=load_vision(ctx.input("vision")),
-        )
-        processor = make_processor(tokenizer, model_recipe)
+        shape = ctx.section("model")
+        language, tokenizer = load_language(ctx.input("language"))
+        processor = make_processor(tokenizer, shape)
+        vision = load_vision(ctx.input("vision"))
+        model = assemble(shape, processor, ctx.seed, vision=vision, language=language)
     else:
         model, processor = load_model(ctx.input("checkpoint"))
     before = measure(ctx, model, processor)

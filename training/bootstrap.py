@@ -8,35 +8,16 @@ as the base that the caption judges are fine-tuned from (our choice).
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from pathlib import Path
 
-from model.checkpoint import (
-    build_model,
-    load_language,
-    load_vision,
-    save_language,
-    save_model,
-    save_vision,
-)
-from model.processor import SailVLProcessor
-from model.tokenizer import load_tokenizer, train_tokenizer
-from sailyard.recipe import ModelRecipe
+from model.checkpoint import load_language, load_vision, save_language, save_model, save_vision
+from model.tokenizer import train_tokenizer
+from sailyard.recipe import ModelShape
 from sailyard.samples import read_samples
 from sailyard.stage import StageContext
+from training.assemble import assemble, make_processor
 from training.supervised import SupervisedRun
-
-
-def make_processor(tokenizer, recipe: ModelRecipe) -> SailVLProcessor:
-    """The processor of a recipe's image geometry and chat settings."""
-    return SailVLProcessor(
-        tokenizer,
-        image_size=recipe.vision.image_size,
-        patch_size=recipe.vision.patch_size,
-        downsample=recipe.downsample,
-        max_tiles=recipe.max_tiles,
-        use_thumbnail=recipe.use_thumbnail,
-        system_message=recipe.system_message,
-    )
 
 
 def run_language(ctx: StageContext) -> None:
@@ -44,49 +25,40 @@ def run_language(ctx: StageContext) -> None:
 
     With `model.pretrained_language` set, that checkpoint is taken instead and nothing is trained.
     """
-    recipe: ModelRecipe = ctx.section("model")
-    torch.manual_seed(ctx.seed)
-    if recipe.pretrained_language:
-        tokenizer = load_tokenizer(recipe.pretrained_language)
-        model = build_model(recipe, tokenizer, language=load_language(recipe.pretrained_language))
-        ctx.summary(pretrained=recipe.pretrained_language)
-    else:
-        text = ctx.input("text")
-        tokenizer = train_tokenizer(_texts(text), recipe.language.vocab_size)
-        model = build_model(recipe, tokenizer)
-        run = SupervisedRun(
-            ctx,
-            model,
-            make_processor(tokenizer, recipe),
-            ctx.section("bootstrap.language"),
-            {"text": text},
-        )
-        ctx.summary(**run.run(), vocab_size=len(tokenizer))
+    shape: ModelShape = ctx.section("model")
+    if shape.pretrained_language:
+        language, tokenizer = load_language(shape.pretrained_language)
+        save_language(ctx.output("language"), language, tokenizer)
+        ctx.summary(pretrained=shape.pretrained_language)
+        return
+    text = ctx.input("text")
+    tokenizer = train_tokenizer(_texts(text), shape.language.vocab_size)
+    processor = make_processor(tokenizer, shape)
+    model = assemble(shape, processor, ctx.seed)
+    recipe = ctx.section("bootstrap.language")
+    run = SupervisedRun(ctx, model, processor, recipe, {"text": text})
+    ctx.summary(**run.run(), vocab_size=len(tokenizer))
     save_language(ctx.output("language"), model.language_model, tokenizer)
 
 
 def run_vision(ctx: StageContext) -> None:
-    """Stage `bootstrap.vision`: the ViT, and the predecessor network that it was trained in."""
-    recipe: ModelRecipe = ctx.section("model")
-    torch.manual_seed(ctx.seed)
-    language = ctx.input("language")
-    tokenizer = load_tokenizer(language)
-    vision = load_vision(recipe.pretrained_vision) if recipe.pretrained_vision else None
-    model = build_model(recipe, tokenizer, language=load_language(language), vision=vision)
-    processor = make_processor(tokenizer, recipe)
-    run = SupervisedRun(
-        ctx,
-        model,
-        processor,
-        ctx.section("bootstrap.vision"),
-        {"reference": ctx.input("reference")},
-    )
+    """Stage `bootstrap.vision`: the ViT, and the predecessor network that it was trained in.
+
+    With `model.pretrained_vision` set, that tower is where training starts.
+    """
+    shape: ModelShape = ctx.section("model")
+    language, tokenizer = load_language(ctx.input("language"))
+    processor = make_processor(tokenizer, shape)
+    vision = load_vision(shape.pretrained_vision) if shape.pretrained_vision else None
+    model = assemble(shape, processor, ctx.seed, vision=vision, language=language)
+    recipe = ctx.section("bootstrap.vision")
+    run = SupervisedRun(ctx, model, processor, recipe, {"reference": ctx.input("reference")})
     ctx.summary(**run.run())
     save_vision(ctx.output("vision"), model.vision_model)
     save_model(ctx.output("captioner"), model, processor)
 
 
-def _texts(directory):
+def _texts(directory: Path) -> Iterator[str]:
     for sample in read_samples(directory):
         for message in sample.messages:
             yield message["content"]

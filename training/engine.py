@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model.modeling import SailVLForConditionalGeneration, block_mask, freeze_except
+from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.processor import Encoded
 from sailyard.recipe import TrainRecipe
 from training.packing import collate_rows
@@ -115,7 +115,7 @@ class Engine:
                 input_ids=batch["input_ids"],
                 pixel_values=batch["pixel_values"],
                 position_ids=batch["position_ids"],
-                attention_mask=block_mask(batch["segment_ids"]),
+                attention_mask=batch["segment_ids"],
                 labels=batch["labels"],
                 use_cache=False,
             )

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
-
-from model.checkpoint import build_model, load_language, load_model, save_model
-from model.tokenizer import load_tokenizer
+from model.checkpoint import load_language, load_model, save_model
 from sailyard.stage import StageContext
-from training.bootstrap import make_processor
+from training.assemble import assemble, make_processor
 from training.checkpointing import STATE_FILE
 from training.supervised import SupervisedRun
 
@@ -38,7 +35,6 @@ def run_basic(ctx: StageContext) -> None:
 
 def run_multitask(ctx: StageContext) -> None:
     """Stage `pretraining.multitask`: all parts, n-gram-balanced mixture, no AdaLRS."""
-    torch.manual_seed(ctx.seed)
     model, processor = load_model(ctx.input("checkpoint"))
     recipe = ctx.section("pretraining.multitask")
     run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.input("mix")})
@@ -54,16 +50,16 @@ def _arm(
     adalrs: dict[str, Any] | None,
     carry: dict[str, Any],
 ) -> SupervisedRun:
-    torch.manual_seed(ctx.seed)  # both arms draw the same fresh adapter
+    shape = ctx.section("model")
     aligned, _ = load_model(ctx.input("checkpoint"))
-    model_recipe = ctx.section("model")
-    tokenizer = load_tokenizer(ctx.input("language"))
-    language = load_language(ctx.input("language"))
-    model = build_model(model_recipe, tokenizer, language=language, vision=aligned.vision_model)
+    language, tokenizer = load_language(ctx.input("language"))
+    processor = make_processor(tokenizer, shape)
+    # Equal seeds: both arms draw the same fresh adapter.
+    model = assemble(shape, processor, ctx.seed, vision=aligned.vision_model, language=language)
     return SupervisedRun(
         ctx,
         model,
-        make_processor(tokenizer, model_recipe),
+        processor,
         recipe,
         {"mix": ctx.input("mix")},
         adalrs=adalrs,

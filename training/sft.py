@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from model.checkpoint import load_model, save_model
 from sailyard.stage import StageContext
 from training.soup import write_record
@@ -37,7 +35,6 @@ def run_think_fusion(ctx: StageContext) -> None:
 
 
 def _run(ctx: StageContext, section: str) -> None:
-    torch.manual_seed(ctx.seed)
     model, processor = load_model(ctx.input("checkpoint"))
     data: Mapping[str, Path] = {
         name: ctx.input(name) for name in ctx.input_names if name != "checkpoint"

@@ -163,7 +163,8 @@ class PackedStream:
 def open_sources(
     directories: Mapping[str, Path], weights: Mapping[str, float] | None = None
 ) -> list[Source]:
-    """Open dataset directories as a mixture; a source without a weight counts by its size."""
+    """Open dataset directories as a mixture; a source without a weight counts by its size,
+    so that unweighted sources finish their epochs together."""
     weights = weights or {}
     unknown = sorted(set(weights) - set(directories))
     if unknown:
