@@ -241,6 +241,19 @@ class SailVLProcessor:
         (directory / PROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
+    def from_recipe(cls, section: Any, tokenizer: PreTrainedTokenizerBase) -> SailVLProcessor:
+        """The processor of a recipe's `model` section (read by attribute)."""
+        return cls(
+            tokenizer,
+            image_size=section.vision.image_size,
+            patch_size=section.vision.patch_size,
+            downsample=section.downsample,
+            max_tiles=section.max_tiles,
+            use_thumbnail=section.use_thumbnail,
+            system_message=section.system_message,
+        )
+
+    @classmethod
     def load(cls, directory: str | Path) -> SailVLProcessor:
         """Read what `save` wrote.
 

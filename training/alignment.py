@@ -6,11 +6,11 @@ from itertools import islice
 from typing import Any
 
 from evaluation.alignment import alignment_distances
-from model.checkpoint import load_language, load_model, load_vision, save_model
+from model.checkpoint import build_from_recipe, load_language, load_model, load_vision, save_model
+from model.processor import SailVLProcessor
 from sailyard.media import decode_image
 from sailyard.samples import read_samples
 from sailyard.stage import StageContext
-from training.assemble import assemble, make_processor
 from training.supervised import SupervisedRun
 
 
@@ -24,9 +24,9 @@ def run(ctx: StageContext) -> None:
     if ctx.stage_name == "alignment.warmup":
         shape = ctx.section("model")
         language, tokenizer = load_language(ctx.input("language"))
-        processor = make_processor(tokenizer, shape)
+        processor = SailVLProcessor.from_recipe(shape, tokenizer)
         vision = load_vision(ctx.input("vision"))
-        model = assemble(shape, processor, ctx.seed, vision=vision, language=language)
+        model = build_from_recipe(shape, tokenizer, seed=ctx.seed, vision=vision, language=language)
     else:
         model, processor = load_model(ctx.input("checkpoint"))
     before = measure(ctx, model, processor)

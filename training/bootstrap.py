@@ -11,12 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.checkpoint import load_language, load_vision, save_language, save_model, save_vision
+from model.checkpoint import (
+    build_from_recipe,
+    load_language,
+    load_vision,
+    save_language,
+    save_model,
+    save_vision,
+)
+from model.processor import SailVLProcessor
 from model.tokenizer import train_tokenizer
 from sailyard.recipe import ModelShape
 from sailyard.samples import read_samples
 from sailyard.stage import StageContext
-from training.assemble import assemble, make_processor
 from training.supervised import SupervisedRun
 
 
@@ -33,8 +40,8 @@ def run_language(ctx: StageContext) -> None:
         return
     text = ctx.input("text")
     tokenizer = train_tokenizer(_texts(text), shape.language.vocab_size)
-    processor = make_processor(tokenizer, shape)
-    model = assemble(shape, processor, ctx.seed)
+    processor = SailVLProcessor.from_recipe(shape, tokenizer)
+    model = build_from_recipe(shape, tokenizer, seed=ctx.seed)
     recipe = ctx.section("bootstrap.language")
     run = SupervisedRun(ctx, model, processor, recipe, {"text": text})
     ctx.summary(**run.run(), vocab_size=len(tokenizer))
@@ -48,9 +55,9 @@ def run_vision(ctx: StageContext) -> None:
     """
     shape: ModelShape = ctx.section("model")
     language, tokenizer = load_language(ctx.input("language"))
-    processor = make_processor(tokenizer, shape)
+    processor = SailVLProcessor.from_recipe(shape, tokenizer)
     vision = load_vision(shape.pretrained_vision) if shape.pretrained_vision else None
-    model = assemble(shape, processor, ctx.seed, vision=vision, language=language)
+    model = build_from_recipe(shape, tokenizer, seed=ctx.seed, vision=vision, language=language)
     recipe = ctx.section("bootstrap.vision")
     run = SupervisedRun(ctx, model, processor, recipe, {"reference": ctx.input("reference")})
     ctx.summary(**run.run())

@@ -56,7 +56,12 @@ class Engine:
             ):
                 if chosen:
                     groups.append(
-                        {"params": chosen, "weight_decay": decay, "name": part, "lr_scale": lr_scale}
+                        {
+                            "params": chosen,
+                            "weight_decay": decay,
+                            "name": part,
+                            "lr_scale": lr_scale,
+                        }
                     )
         if not groups:
             raise ValueError(f"nothing to train: trainable is {self.recipe.trainable}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from model.checkpoint import load_language, load_model, save_model
+from model.checkpoint import build_from_recipe, load_language, load_model, save_model
+from model.processor import SailVLProcessor
 from sailyard.stage import StageContext
-from training.assemble import assemble, make_processor
 from training.checkpointing import STATE_FILE
 from training.supervised import SupervisedRun
 
@@ -53,9 +53,11 @@ def _arm(
     shape = ctx.section("model")
     aligned, _ = load_model(ctx.input("checkpoint"))
     language, tokenizer = load_language(ctx.input("language"))
-    processor = make_processor(tokenizer, shape)
+    processor = SailVLProcessor.from_recipe(shape, tokenizer)
     # Equal seeds: both arms draw the same fresh adapter.
-    model = assemble(shape, processor, ctx.seed, vision=aligned.vision_model, language=language)
+    model = build_from_recipe(
+        shape, tokenizer, seed=ctx.seed, vision=aligned.vision_model, language=language
+    )
     return SupervisedRun(
         ctx,
         model,

@@ -113,7 +113,11 @@ class AdaLRS:
             return "none"
         speed, mean = descent_speed(state.window), float(np.mean(state.window))
         state.window = []
-        action = self._judge_trial(step, speed, mean) if state.trial else self._consider(step, speed, mean)
+        action = (
+            self._judge_trial(step, speed, mean)
+            if state.trial
+            else self._consider(step, speed, mean)
+        )
         state.previous_mean = mean
         state.max_loss = max(state.max_loss, mean)
         return action

@@ -76,7 +76,9 @@ def _record(path: Path) -> dict[str, object]:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     record_path = path / RECORD_FILE
     if not record_path.exists():
-        raise HeterogeneousSoup(f"{path} does not say how it was trained ({RECORD_FILE} is missing)")
+        raise HeterogeneousSoup(
+            f"{path} does not say how it was trained ({RECORD_FILE} is missing)"
+        )
     record: dict[str, object] = json.loads(record_path.read_text(encoding="utf-8"))
     return {"config": config, **record}
 

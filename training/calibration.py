@@ -1,0 +1,81 @@
+"""Stage `pretraining.expert_calibration`: routers of an MoE decoder learn to use every expert.
+
+Only routers train, on text alone (paper section 2.2). The entropy is reported on the text it was
+calibrated on and on text that it never saw.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from model.calibration import CalibrationMeasure, ExpertCalibrator
+from model.checkpoint import load_language, save_language
+from model.processor import SailVLProcessor
+from sailyard.stage import StageContext, StopRequested
+from training.checkpointing import load_state, save_state
+from training.packing import collate_rows
+from training.stream import PackedStream, open_sources
+from training.supervised import encoder
+
+NUM_MEASURED = 4  # held-out batches
+
+
+def run(ctx: StageContext) -> None:
+    """Calibrate, with entropy and token loss before and after."""
+    recipe = ctx.section("pretraining.expert_calibration")
+    torch.set_num_threads(recipe.threads)
+    language, tokenizer = load_language(ctx.input("language"))
+    processor = SailVLProcessor.from_recipe(ctx.section("model"), tokenizer)
+    stream = PackedStream(
+        open_sources({"text": ctx.input("text")}),
+        encoder(processor),
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
+        look_ahead=4 * recipe.batch_size,
+        seed=ctx.seed,
+    )
+    heldout = [_tensors(stream) for _ in range(NUM_MEASURED)]
+    calibrator = ExpertCalibrator(language, recipe.lr)
+    before = calibrator.measure(heldout)
+    for step in range(_resume(ctx, language, calibrator, stream), recipe.steps):
+        result = calibrator.step(*_tensors(stream))
+        ctx.metric(
+            step,
+            token_loss=result.token_loss,
+            balance=result.balance,
+            entropy=result.health.summary()["router_entropy"],
+        )
+        ctx.progress(
+            step + 1, recipe.steps, f"entropy {result.health.summary()['router_entropy']:.3f}"
+        )
+        if ctx.stop_requested or (step + 1) % max(recipe.steps // 4, 1) == 0:
+            directory = ctx.scratch() / f"step-{step + 1}"
+            save_state(directory, language, calibrator.optimizer, {"stream": stream.state()})
+            ctx.checkpoints.save(step + 1, directory)
+        if ctx.stop_requested:
+            raise StopRequested(f"saved at step {step + 1} of {recipe.steps}")
+    after = calibrator.measure(heldout)
+    ctx.summary(before=_figures(before), after=_figures(after), steps=recipe.steps)
+    save_language(ctx.output("language"), language, tokenizer)
+
+
+def _resume(
+    ctx: StageContext, language: Any, calibrator: ExpertCalibrator, stream: PackedStream
+) -> int:
+    latest = ctx.checkpoints.latest()
+    if latest is None:
+        return 0
+    step, directory = latest
+    stream.load(load_state(directory, language, calibrator.optimizer)["stream"])
+    return step
+
+
+def _tensors(stream: PackedStream) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = collate_rows(stream.next_batch().rows, stream.seq_len)
+    return batch["input_ids"], batch["segment_ids"]
+
+
+def _figures(measure: CalibrationMeasure) -> dict[str, float]:
+    return {"token_loss": measure.token_loss, **measure.health.summary()}
