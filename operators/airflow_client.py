@@ -34,7 +34,7 @@ class AirflowClient:
 
     def login(self) -> None:
         """Fetch a token; needed once, before any call below."""
-        token = self._call("GET", "/auth/token")["access_token"]
+        token = self.call("GET", "/auth/token")["access_token"]
         self._http.headers["Authorization"] = f"Bearer {token}"
 
     def dag_is_known(self, dag_id: str) -> bool:
@@ -44,35 +44,35 @@ class AirflowClient:
 
     def import_errors(self) -> list[str]:
         """Why DAG files could not be read, one text a file."""
-        errors = self._call("GET", "/api/v2/importErrors")["import_errors"]
+        errors = self.call("GET", "/api/v2/importErrors")["import_errors"]
         return [f"{error['filename']}: {error['stack_trace']}" for error in errors]
 
     def set_paused(self, dag_id: str, paused: bool) -> None:
         """Pause or unpause a DAG."""
-        self._call("PATCH", f"/api/v2/dags/{dag_id}", {"is_paused": paused})
+        self.call("PATCH", f"/api/v2/dags/{dag_id}", {"is_paused": paused})
 
     def trigger(self, dag_id: str, conf: dict[str, Any]) -> str:
         """Start a run now; returns its run id."""
         body = {"logical_date": None, "conf": conf}
-        return str(self._call("POST", f"/api/v2/dags/{dag_id}/dagRuns", body)["dag_run_id"])
+        return str(self.call("POST", f"/api/v2/dags/{dag_id}/dagRuns", body)["dag_run_id"])
 
     def run_state(self, dag_id: str, run_id: str) -> str:
         """State of a run: queued, running, success or failed."""
-        return str(self._call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}")["state"])
+        return str(self.call("GET", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}")["state"])
 
     def active_runs(self, dag_id: str) -> list[str]:
         """Ids of the runs that are queued or running."""
         path = f"/api/v2/dags/{dag_id}/dagRuns?state=queued&state=running"
-        return [run["dag_run_id"] for run in self._call("GET", path)["dag_runs"]]
+        return [run["dag_run_id"] for run in self.call("GET", path)["dag_runs"]]
 
     def fail_run(self, dag_id: str, run_id: str) -> None:
         """Mark a run as failed, which ends its tasks."""
-        self._call("PATCH", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}", {"state": "failed"})
+        self.call("PATCH", f"/api/v2/dags/{dag_id}/dagRuns/{run_id}", {"state": "failed"})
 
     def task_instances(self, dag_id: str, run_id: str) -> list[dict[str, Any]]:
         """The task instances of a run, as Airflow describes them."""
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances?limit=200"
-        return list(self._call("GET", path)["task_instances"])
+        return list(self.call("GET", path)["task_instances"])
 
     def returned(self, dag_id: str, run_id: str, task_id: str) -> str:
         """What a task returned, as text; "" while it has not."""
@@ -89,15 +89,20 @@ class AirflowClient:
     def answer_approval(self, dag_id: str, run_id: str, task_id: str, option: str) -> None:
         """Answer a task that waits for a human with one of its options."""
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/-1/hitlDetails"
-        self._call("PATCH", path, {"chosen_options": [option], "params_input": {}})
+        self.call("PATCH", path, {"chosen_options": [option], "params_input": {}})
 
     def task_log(self, dag_id: str, run_id: str, task_id: str, try_number: int) -> str:
         """The log of one try of a task as plain lines."""
         path = f"/api/v2/dags/{dag_id}/dagRuns/{run_id}/taskInstances/{task_id}/logs/{try_number}"
-        content = self._call("GET", f"{path}?full_content=true")["content"]
+        content = self.call("GET", f"{path}?full_content=true")["content"]
         return "\n".join(str(line.get("event", "")) for line in content)
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Any request; returns the JSON object of the answer.
+
+        Raises:
+            AirflowError: Airflow refused it.
+        """
         answer = self._http.request(method, path, json=body)
         if answer.is_error:
             raise AirflowError(f"{method} {path}: {answer.status_code} {answer.text[:500]}")
