@@ -93,7 +93,9 @@ def build_dag() -> DAG:
             with TaskGroup(group):
                 for stage in stages:
                     name = stage.name.removeprefix(f"{group}.")
-                    tasks[stage.name] = StageOperator(task_id=name, stage=stage.name, doc=stage.doc)
+                    tasks[stage.name] = StageOperator(
+                        task_id=name, stage=stage.name, doc_md=stage.doc
+                    )
         for name, operator in tasks.items():
             upstream = pipeline.upstream(name)
             (run if not upstream else [tasks[other] for other in upstream]) >> operator

@@ -41,7 +41,7 @@ from sailyard.yard import Yard
 
 DAG_ID = "sail_vl2"
 REPOSITORY = Path(__file__).resolve().parents[1]
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 300.0
 POLL_S = 1.0
 # Airflow's API shares two cores with the training stages; a slow answer now and then is no fault.
 MAX_FAILED_POLLS = 30

@@ -14,7 +14,7 @@ from operators.processes import MARKER, Service, Services, free_ports, tail
 
 COMPONENTS = ("api-server", "dag-processor", "triggerer", "scheduler")
 HEALTH_NAMES = ("metadatabase", "scheduler", "dag_processor", "triggerer")
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 300.0
 
 
 class AirflowStartError(RuntimeError):
@@ -32,6 +32,8 @@ def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, s
         "CORE__DAGS_FOLDER": str(dags_folder),
         "CORE__EXECUTOR": "LocalExecutor",
         "CORE__LOAD_EXAMPLES": "False",
+        "CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+        "CORE__DAGBAG_IMPORT_TIMEOUT": "180",
         "CORE__PARALLELISM": "2",
         "CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
         "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
@@ -41,16 +43,24 @@ def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, s
         "API__BASE_URL": url,
         "API__WORKERS": "1",
         "API__INSTANCE_NAME": "Sailyard",
-        "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow/airflow.db",
+        # Components wait for each other's writes instead of failing on a locked database.
+        "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow/airflow.db?timeout=60",
         "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        "DAG_PROCESSOR__DAG_FILE_PROCESSOR_TIMEOUT": "180",
+        # Training keeps every core busy; a late answer or heartbeat is no reason to give up.
+        "WORKERS__EXECUTION_API_TIMEOUT": "60",
+        "WORKERS__MAX_FAILED_HEARTBEATS": "10",
         "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.1",
         "SCHEDULER__ENABLE_HEALTH_CHECK": "False",
         # A killed demo leaves running tasks behind; the next one must not wait minutes for them.
         "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
         "USAGE_DATA_COLLECTION__ENABLED": "False",
     }
+    # Another Airflow's settings in the caller's environment are not for this one.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW_")}
+    direct = ",".join(filter(None, ["127.0.0.1,localhost", os.environ.get("NO_PROXY")]))
     return {
-        **os.environ,
+        **inherited,
         "AIRFLOW_HOME": str(home / "airflow"),
         **{f"AIRFLOW__{key}": value for key, value in airflow.items()},
         "SAILYARD_HOME": str(home),
@@ -59,7 +69,8 @@ def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, s
         # Airflow renames its processes; by default that overwrites the environment which shows
         # that a process is ours.
         "SPT_NOENV": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
+        "NO_PROXY": direct,
+        "no_proxy": direct,
         "PYTHONUNBUFFERED": "1",
     }
 
