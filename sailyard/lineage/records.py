@@ -32,9 +32,6 @@ HEARTBEAT_SECONDS = 5.0
 LOST_AFTER = timedelta(seconds=90)
 """A running stage that was silent for so long is taken for killed."""
 
-# SQLite binds at most 32,766 values in a statement; a point has five.
-_POINTS_PER_STATEMENT = 1000
-
 _ERROR_CHARS = 20_000
 
 
@@ -155,8 +152,8 @@ def beat(
         for point in latest.values()
     ]
     with database.write() as session:
-        for start in range(0, len(rows), _POINTS_PER_STATEMENT):
-            _upsert(session, Metric, rows[start : start + _POINTS_PER_STATEMENT], ["value", "at"])
+        if rows:
+            _upsert(session, Metric, rows, ["value", "at"])
         values: dict[str, Any] = {"heartbeat_at": utc_now()}
         if progress is not None:
             done, total, note = progress
@@ -346,13 +343,16 @@ def _upsert(
     """Insert rows; on an existing key, replace the named columns, or nothing."""
     dialect = session.get_bind().dialect.name
     insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
-    statement = insert(table).values([dict(row) for row in rows])
+    statement = insert(table)
     keys = [column.name for column in table.__table__.primary_key]
     if replace:
         changes = {name: statement.excluded[name] for name in replace}
-        session.execute(statement.on_conflict_do_update(index_elements=keys, set_=changes))
+        statement = statement.on_conflict_do_update(index_elements=keys, set_=changes)
     else:
-        session.execute(statement.on_conflict_do_nothing(index_elements=keys))
+        statement = statement.on_conflict_do_nothing(index_elements=keys)
+    # One statement and many rows: a statement that spelt the rows out would be compiled anew
+    # for every batch size.
+    session.connection().execute(statement, [dict(row) for row in rows])
 
 
 def _text(value: str, limit: int) -> str:
