@@ -8,14 +8,16 @@ drawn by inverse n-gram frequency instead of evenly (`curation.ngrams`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from curation.ngrams import count_ngrams, ngram_weights, weighted_draw
-from sailyard.samples import Sample, SampleReader, write_samples
+from curation.ngrams import Corpus, ngram_entropy, ngram_weights, weighted_draw
+from sailyard.samples import Sample, SampleReader, read_table, write_samples
 
 if TYPE_CHECKING:
     from sailyard.recipe.data import MixRecipe, NgramBalance
@@ -61,29 +63,37 @@ class Draw:
     repeat: int
 
 
-def text_of(sample: Sample) -> str:
-    """What n-grams are counted in: all that is said, without image placeholders."""
-    said = " ".join(message["content"] for message in sample.messages)
+def text_of(messages: Sequence[Mapping[str, str]], input_name: str) -> str:
+    """What n-grams are counted in, without image placeholders.
+
+    Of captions only the caption: the prompts before them are the yard's own few.
+    """
+    roles = ("assistant",) if input_name == "captions" else ("user", "assistant")
+    said = " ".join(m["content"] for m in messages if m["role"] in roles)
     return said.replace("<image>\n", "")
 
 
 def index_inputs(
-    readers: Mapping[str, SampleReader], recipe: MixRecipe, user_weight: float
+    directories: Mapping[str, Path], recipe: MixRecipe, user_weight: float
 ) -> list[DataSet]:
-    """The data sets in the inputs; `user_weight` multiplies the mix's weight of user data."""
+    """The data sets in the inputs; `user_weight` multiplies the mix's weight of user data.
+
+    Images are not read: source and words are columns of their own.
+    """
     found: dict[tuple[str, str], DataSet] = {}
-    for input_name, reader in readers.items():
+    for input_name, directory in directories.items():
+        table = read_table(directory, ["source", "messages"])
         wants_text = recipe.ngram is not None and input_name in NGRAM_INPUTS
-        for position in range(len(reader)):
-            sample = reader[position]
-            key = (input_name, sample.source)
+        messages = table["messages"].to_pylist() if wants_text else []
+        for position, source in enumerate(table["source"].to_pylist()):
+            key = (input_name, source)
             if key not in found:
-                weight = recipe.weights.get(sample.source, recipe.weights.get(input_name, 1.0))
-                weight *= user_weight if sample.source.startswith(USER_PREFIX) else 1.0
-                found[key] = DataSet(input_name, sample.source, weight)
+                weight = recipe.weights.get(source, recipe.weights.get(input_name, 1.0))
+                weight *= user_weight if source.startswith(USER_PREFIX) else 1.0
+                found[key] = DataSet(input_name, source, weight)
             found[key].positions.append(position)
             if wants_text:
-                found[key].texts.append(text_of(sample))
+                found[key].texts.append(text_of(json.loads(messages[position]), input_name))
     return list(found.values())
 
 
@@ -133,7 +143,8 @@ def draw_set(
     passes, rest = divmod(num, len(data.positions))
     draws = [Draw(data.input_name, p, r) for r in range(passes) for p in data.positions]
     if data.texts and ngram is not None:
-        weights = ngram_weights(data.texts, ngram.n, ngram.temperature, ngram.cap)
+        corpus = Corpus.of(data.texts)
+        weights = ngram_weights(corpus, ngram.n, ngram.temperature, ngram.cap)
         chosen = weighted_draw(weights, rest, rng)
     else:
         chosen = rng.permutation(len(data.positions))[:rest]
@@ -144,18 +155,20 @@ def ngram_report(
     sets: list[DataSet], draws: list[list[Draw]], ngram: NgramBalance, rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
     """n-gram entropy of what was drawn ("after") and of an even draw of equal size ("before")."""
-    before: list[str] = []
-    after: list[str] = []
+    texts: list[str] = []
+    before: list[int] = []
+    after: list[int] = []
     for data, drawn in zip(sets, draws, strict=True):
         if not data.texts or not drawn:
             continue
-        place = {position: i for i, position in enumerate(data.positions)}
-        after += [data.texts[place[d.position]] for d in drawn]
-        even = draw_set(data, len(drawn), None, rng)
-        before += [data.texts[place[d.position]] for d in even]
+        place = {position: len(texts) + i for i, position in enumerate(data.positions)}
+        texts += data.texts
+        after += [place[draw.position] for draw in drawn]
+        before += [place[draw.position] for draw in draw_set(data, len(drawn), None, rng)]
+    corpus = Corpus.of(texts)
     return {
-        "before": count_ngrams(before, ngram.n).entropy(),
-        "after": count_ngrams(after, ngram.n).entropy(),
+        "before": ngram_entropy(corpus.take(before), ngram.n),
+        "after": ngram_entropy(corpus.take(after), ngram.n),
     }
 
 
@@ -179,9 +192,10 @@ def in_blocks(readers: Mapping[str, SampleReader], order: list[Draw]) -> Iterato
 def run(ctx: StageContext) -> None:
     """The stage: data sets in, one mix out."""
     recipe: MixRecipe = ctx.section(ctx.stage_name.replace("mix_", "mix."))
-    readers = {name: SampleReader(ctx.input(name)) for name in ctx.input_names}
+    directories = {name: ctx.input(name) for name in ctx.input_names}
+    readers = {name: SampleReader(directory) for name, directory in directories.items()}
     rng = np.random.default_rng(ctx.seed)
-    sets = index_inputs(readers, recipe, ctx.section("data").weight)
+    sets = index_inputs(directories, recipe, ctx.section("data").weight)
     sizes = [len(data.positions) for data in sets]
     wanted = min(recipe.num_samples, sum(sizes))
     counts = quotas(sizes, [data.weight for data in sets], recipe.temperature, wanted)

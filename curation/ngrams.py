@@ -8,16 +8,16 @@ that rare noise is not repeated without end.
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-Gram = tuple[str, ...]
 # Words, single marks, and single characters of scripts that put no spaces between words.
 _TOKEN = re.compile(r"[\u3400-\u9fff]|[^\W_]+|[^\w\s]|_")
+# An odd 64-bit number: hashes of n-grams are sums of its powers, wrapping.
+_BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def words(text: str) -> list[str]:
@@ -25,90 +25,113 @@ def words(text: str) -> list[str]:
     return _TOKEN.findall(text.lower())
 
 
-def opening(tokens: Sequence[str], n: int) -> Gram:
-    """The first `n` tokens (all of them when there are fewer)."""
-    return tuple(tokens[:n])
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Texts as token ids: those of text i are ids[starts[i]:starts[i + 1]]. No text is empty."""
+
+    ids: np.ndarray  # uint64 [num_tokens]
+    starts: np.ndarray  # int64 [num_texts + 1]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Corpus:
+        """Tokenise texts; one without a token counts as a single empty one."""
+        vocabulary: dict[str, int] = {}
+        ids: list[int] = []
+        starts = [0]
+        for text in texts:
+            # Ids begin at 1: a 0 would vanish from a sum.
+            ids += [vocabulary.setdefault(t, len(vocabulary) + 1) for t in words(text) or [""]]
+            starts.append(len(ids))
+        return cls(np.array(ids, dtype=np.uint64), np.array(starts))
+
+    @property
+    def num_texts(self) -> int:
+        return len(self.starts) - 1
+
+    def take(self, positions: Sequence[int]) -> Corpus:
+        """The texts at `positions`, in that order; a text may be taken twice."""
+        pieces = [self.ids[self.starts[i] : self.starts[i + 1]] for i in positions]
+        lengths = [len(piece) for piece in pieces]
+        ids = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint64)
+        return Corpus(ids, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+    def hashes(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """(hash of the n-gram at each token, uint64; whether it ends inside its text, bool).
+
+        A text shorter than n counts as one n-gram, which stands at its first token.
+        """
+        num = len(self.ids)
+        ends = np.repeat(self.starts[1:], np.diff(self.starts))
+        place = np.arange(num)
+        out = np.zeros(num, dtype=np.uint64)
+        power = np.uint64(1)
+        for k in range(n):
+            power = np.uint64(int(power) * int(_BASE) & 0xFFFFFFFFFFFFFFFF)
+            inside = place + k < ends
+            shifted = np.zeros(num, dtype=np.uint64)
+            shifted[: num - k] = self.ids[k:]
+            # Bits are mixed before they are summed, or small ids would collide.
+            out += np.where(inside, (shifted * _BASE ^ (shifted << np.uint64(29))) * power, 0)
+        first = np.zeros(num, dtype=bool)
+        first[self.starts[:-1]] = True
+        return out, (place + n <= ends) | (first & (place + n > ends))
 
 
-def body(tokens: Sequence[str], n: int) -> list[Gram]:
-    """Every n-gram of the tokens; of a shorter text the text itself."""
-    if len(tokens) <= n:
-        return [tuple(tokens)]
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+def _counts(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(count of each different hash, count of each hash's own value in place)."""
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    return counts, counts[inverse]
 
 
-class NgramCounts:
-    """Openings and body n-grams of a corpus, for several n."""
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = tuple(lengths)
-        self.openings: dict[int, Counter[Gram]] = {n: Counter() for n in lengths}
-        self.bodies: dict[int, Counter[Gram]] = {n: Counter() for n in lengths}
-
-    def add(self, text: str) -> None:
-        """Count one text."""
-        tokens = words(text)
-        for n in self.lengths:
-            self.openings[n][opening(tokens, n)] += 1
-            self.bodies[n].update(body(tokens, n))
-
-    def totals(self) -> dict[int, tuple[int, int]]:
-        """Per n, how many openings and how many body n-grams were counted."""
-        return {n: (self.openings[n].total(), self.bodies[n].total()) for n in self.lengths}
-
-    def frequency(self, text: str, n: int, totals: dict[int, tuple[int, int]]) -> float:
-        """Geometric mean of the share of the text's opening and of its body n-grams."""
-        tokens = words(text)
-        num_openings, num_bodies = totals[n]
-        grams = body(tokens, n)
-        share_open = self.openings[n][opening(tokens, n)] / num_openings
-        share_body = sum(self.bodies[n][g] for g in grams) / len(grams) / num_bodies
-        return math.sqrt(share_open * share_body)
-
-    def entropy(self) -> dict[str, float]:
-        """Shannon entropy in bits of the openings and body n-grams, "opening_2", "body_2", ..."""
-        out = {}
-        for n in self.lengths:
-            out[f"opening_{n}"] = _entropy(self.openings[n])
-            out[f"body_{n}"] = _entropy(self.bodies[n])
-        return out
-
-
-def _entropy(counts: Counter[Gram]) -> float:
-    total = counts.total()
-    return -sum(c / total * math.log2(c / total) for c in counts.values()) if total else 0.0
-
-
-def count_ngrams(texts: Iterable[str], lengths: Sequence[int]) -> NgramCounts:
-    """Count a corpus."""
-    counts = NgramCounts(lengths)
-    for text in texts:
-        counts.add(text)
-    return counts
+def frequencies(corpus: Corpus, n: int) -> np.ndarray:
+    """Per text, the geometric mean of its opening's share and its body n-grams' mean share."""
+    hashes, valid = corpus.hashes(n)
+    openings = hashes[corpus.starts[:-1]]
+    share_open = _counts(openings)[1] / corpus.num_texts
+    own = np.zeros(len(hashes))
+    own[valid] = _counts(hashes[valid])[1] / valid.sum()
+    num_grams = np.add.reduceat(valid.astype(np.int64), corpus.starts[:-1])
+    share_body = np.add.reduceat(own, corpus.starts[:-1]) / num_grams
+    return np.sqrt(share_open * share_body)
 
 
 def ngram_weights(
-    texts: Sequence[str], lengths: Sequence[int], temperature: float, cap: float
+    corpus: Corpus, lengths: Sequence[int], temperature: float, cap: float
 ) -> np.ndarray:
-    """Sampling weights [len(texts)], mean about 1, none above `cap` times the uncapped mean.
+    """Sampling weights [num_texts], mean at most 1, none above `cap` times the uncapped mean.
 
     Args:
-        texts: the corpus; weights are relative to it.
+        corpus: weights are relative to it.
         lengths: n of the n-grams.
         temperature: 0 would keep the distribution, 1 weighs by inverse frequency.
         cap: largest ratio of a weight to the mean weight.
     """
-    if not texts:
+    if not corpus.num_texts:
         return np.zeros(0)
-    counts = count_ngrams(texts, lengths)
-    totals = counts.totals()
-    frequencies = np.array([[counts.frequency(t, n, totals) for n in lengths] for t in texts])
-    weights = np.mean(frequencies**-temperature, axis=1)
+    weights = np.mean([frequencies(corpus, n) ** -temperature for n in lengths], axis=0)
     weights /= weights.mean()
     return np.minimum(weights, cap)
 
 
+def ngram_entropy(corpus: Corpus, lengths: Sequence[int]) -> dict[str, float]:
+    """Shannon entropy, bits, of openings and body n-grams: "opening_2", "body_2", ..."""
+    out = {}
+    for n in lengths:
+        hashes, valid = corpus.hashes(n)
+        out[f"opening_{n}"] = _entropy(hashes[corpus.starts[:-1]])
+        out[f"body_{n}"] = _entropy(hashes[valid])
+    return out
+
+
+def _entropy(hashes: np.ndarray) -> float:
+    if not len(hashes):
+        return 0.0
+    shares = _counts(hashes)[0] / len(hashes)
+    return float(-(shares * np.log2(shares)).sum())
+
+
 def weighted_draw(weights: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
     """`num` different positions, drawn in proportion to their weights (Efraimidis-Spirakis)."""
-    keys = rng.random(len(weights)) ** (1 / np.maximum(weights, 1e-12))
+    # log(u) / w orders as u ** (1 / w) does, without underflow.
+    keys = np.log(rng.random(len(weights))) / np.maximum(weights, 1e-12)
     return np.argsort(-keys, kind="stable")[:num]

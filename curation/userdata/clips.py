@@ -47,7 +47,7 @@ def clip_frames(data: bytes, num_frames: int) -> list[Image.Image]:
             raise BadClip("too_large", f"{total} frames, the limit is {MAX_PACKETS}; cut it first")
         wanted = set(even_indices(total, num_frames))
         frames = []
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), mode="r") as container:
             stream = _video_stream(container)
             for index, frame in enumerate(container.decode(stream)):
                 if index in wanted:
@@ -76,7 +76,7 @@ def _count_packets(data: bytes) -> int:
     import av
 
     count = 0
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), mode="r") as container:
         for packet in container.demux(_video_stream(container)):
             count += packet.size > 0
             if count > MAX_PACKETS:

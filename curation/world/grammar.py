@@ -71,8 +71,10 @@ def parse_caption(text: str) -> Claims:
     """Read the claims of a caption. Never raises; unknown pieces are counted in `num_unparsed`."""
     text = text.strip().rstrip(".")
     if match := _WORD.fullmatch(text):
-        facts = {("word", match[1])} | ({("ink", match[2])} if match[2] else set())
-        return Claims("word", facts=facts)
+        claims = Claims("word", facts={("word", match[1])})
+        if match[2]:
+            claims.facts.add(("ink", match[2]))
+        return claims
     if match := _PHOTO.fullmatch(text):
         return Claims("photo", facts={("noun", match[1])})
     if match := _CHART.fullmatch(text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +26,12 @@ def load_tables() -> tuple[Table, ...]:
     """The tables charts are drawn from; read from vega-datasets' bundled files, offline."""
     from vega_datasets import local_data  # imports pandas, so only where charts are drawn
 
+    with warnings.catch_warnings():  # the package uses spellings that pandas is retiring
+        warnings.simplefilter("ignore")
+        return _columns(local_data)
+
+
+def _columns(local_data: Any) -> tuple[Table, ...]:
     def column(frame: Any, dataset: str, label: str, value: str, topic: str) -> Table:
         rows = frame[[label, value]].dropna().itertuples(index=False)
         return Table(dataset, topic, tuple((str(a)[:32], float(b)) for a, b in rows if b > 0))
