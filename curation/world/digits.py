@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from curation.world.draw import add_grain, package_file
-from curation.world.scene import in_heldout, sample_background
+from curation.world.scene import JITTER, in_heldout, sample_background
 
 INKS = ((20, 20, 20), (25, 40, 130), (120, 25, 30))
 
@@ -76,11 +76,10 @@ def sample_digits(
     by_digit = _instances(heldout)
     digits = tuple(int(rng.random() * 10) for _ in range(num_digits))
     instances = tuple(by_digit[d][int(rng.random() * len(by_digit[d]))] for d in digits)
-    size = (36 + rng.random() * 8) / 84 if num_digits == 2 else (42 + rng.random() * 22) / 84
-    reach = (0.04, 0.22) if num_digits == 2 else (0.16, 0.16)
+    size = ((38 if num_digits == 2 else 50) + rng.random() * 4) / 84
     middles = (0.26, 0.74) if num_digits == 2 else (0.5,)
     centres = tuple(
-        (m + (rng.random() * 2 - 1) * reach[0], 0.5 + (rng.random() * 2 - 1) * reach[1])
+        (m + (rng.random() * 2 - 1) * JITTER, 0.5 + (rng.random() * 2 - 1) * JITTER)
         for m in middles
     )
     background, noise = sample_background(rng)

@@ -9,7 +9,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from curation.world.draw import add_grain, font
-from curation.world.scene import COLOUR_NAMES, COLOURS, in_heldout, pick, sample_background
+from curation.world.scene import (
+    COLOUR_NAMES,
+    COLOURS,
+    JITTER,
+    in_heldout,
+    pick,
+    sample_background,
+)
 
 LEXICON = (
     "anchor", "bell", "boat", "cape", "crew", "deck", "dock", "fish",
@@ -44,11 +51,10 @@ def sample_word(rng: np.random.Generator, *, heldout: bool = False) -> WordImage
     background, noise = sample_background(rng)
     while True:
         word = pick(rng, LEXICON)
-        # Six letters at 20/84 of the side are about 66 of 84 pixels wide.
-        size = (18 + rng.random() * (6 if len(word) <= 4 else 3)) / 84
-        room_x = max(0.0, 0.5 - 0.33 * len(word) * size - 0.02)
-        x = 0.5 + (rng.random() * 2 - 1) * room_x
-        y = 0.5 + (rng.random() * 2 - 1) * 0.3
+        # Six letters at 21/84 of the side are about 70 of 84 pixels wide.
+        size = (19 + rng.random() * 2) / 84
+        x = 0.5 + (rng.random() * 2 - 1) * JITTER
+        y = 0.5 + (rng.random() * 2 - 1) * JITTER
         image = WordImage(word, pick(rng, COLOUR_NAMES), x, y, size, background, noise)
         if in_heldout(image.key()) == heldout:
             return image
