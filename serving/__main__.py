@@ -5,18 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import socket
-import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import uvicorn
-
-from serving.app import create_app
-from serving.load import load_served, local_checkpoint, promoted
+from sailyard.processes import die_with_parent
 from serving.settings import ServingSettings
-from serving.versions import Versions
 
 GRACE_SECONDS = 30  # for replies that are under way when the server is told to stop
 
@@ -24,6 +17,16 @@ GRACE_SECONDS = 30  # for replies that are under way when the server is told to 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse flags, bind the port, say the address, serve until SIGTERM or SIGINT."""
     options = _parse(arguments)
+    if options.parent:
+        die_with_parent(options.parent)
+    # Torch takes seconds to import: a wrong flag is said before that.
+    import torch
+    import uvicorn
+
+    from serving.app import create_app
+    from serving.load import load_served, local_checkpoint, promoted
+    from serving.versions import Versions
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     settings = ServingSettings()
     if options.alias:
@@ -54,14 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
         server = uvicorn.Server(config)
-        if options.until_stdin_closes:
-            threading.Thread(target=_stop_with_parent, args=(server,), daemon=True).start()
         server.run(sockets=[listener])
-
-
-def _stop_with_parent(server: uvicorn.Server) -> None:
-    sys.stdin.buffer.read()
-    server.should_exit = True
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -71,11 +67,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--alias", help="registry alias to serve (default: production)")
     parser.add_argument("--checkpoint", type=Path, help="serve this directory, no registry")
     parser.add_argument(
-        "--until-stdin-closes",
-        action="store_true",
-        help="stop when the process that holds the other end of stdin is gone, however it went",
+        "--parent", type=int, help="end when the process of this id, which started us, is gone"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.checkpoint and not (options.checkpoint / "config.json").is_file():
+        parser.error(f"{options.checkpoint} holds no config.json; give a checkpoint directory")
+    return options
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,14 +57,6 @@ def promoted(alias: str, yard: Yard | None = None) -> Callable[[], Wanted | None
 
 
 def local_checkpoint(directory: Path) -> Wanted:
-    """A directory served as it is, without a registry; its index names it.
-
-    Raises:
-        ValueError: there is no checkpoint in it.
-    """
-    config = directory / "config.json"
-    if not config.is_file():
-        raise ValueError(f"{directory} holds no config.json; give a checkpoint directory")
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type", "unknown")
+    """A directory served as it is, without a registry, under its own name."""
     name = directory.resolve().name
-    return Wanted(name, f"local-{kind}-{name}", lambda: directory)
+    return Wanted(name, f"local-{name}", lambda: directory)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from evaluation.alignment import (
     TooFewTokens,
+    alignment_distances,
     cloud_distances,
     exact_wasserstein,
     mean_overall_distance,
@@ -15,6 +17,9 @@ from evaluation.alignment import (
     sliced_wasserstein,
     unit_rms,
 )
+from model.modeling import part_digests
+from sailyard.media import decode_image
+from tests.evaluation.tiny import captions, tiny_model
 
 
 def cloud(seed: int, num: int = 200, width: int = 6) -> np.ndarray:
@@ -70,3 +75,31 @@ def test_closer_clouds_measure_closer_and_the_seed_repeats() -> None:
     closer, further = cloud_distances(near, text, seed=3), cloud_distances(far, text, seed=3)
     assert all(closer[name] < further[name] for name in closer)
     assert closer == cloud_distances(near, text, seed=3)
+
+
+def test_measured_on_a_network_the_numbers_repeat() -> None:
+    torch.set_num_threads(1)
+    model, processor = tiny_model()
+    images = [decode_image(sample.images[0]) for sample in captions(8)]
+    before = part_digests(model)
+    found = alignment_distances(model, processor, images, 100, seed=1, projections=8)
+    assert found == alignment_distances(model, processor, images, 100, seed=1, projections=8)
+    assert part_digests(model) == before
+    assert {"adapter", "adapter_unit", "adapter_pca", "vit_pca"} <= found.keys()
+    assert found["num_images"] == 8
+    assert found["num_text_rows"] == 100
+    assert found["num_visual_tokens"] == 8 * processor.tokens_per_tile
+
+
+def test_visual_tokens_made_of_text_rows_are_at_distance_zero() -> None:
+    """An adapter whose bias is an embedding row puts every visual token on the text cloud."""
+    torch.set_num_threads(1)
+    model, processor = tiny_model()
+    rows = model.get_input_embeddings().weight
+    with torch.no_grad():
+        model.mlp1[3].weight.zero_()
+        model.mlp1[3].bias.copy_(rows[5])
+    images = [decode_image(sample.images[0]) for sample in captions(5)]
+    found = alignment_distances(model, processor, images, len(rows), seed=0, projections=8)
+    assert found["adapter"]["nearest_neighbour"] == pytest.approx(0.0, abs=1e-5)
+    assert found["adapter"]["wasserstein"] > 0.0

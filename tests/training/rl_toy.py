@@ -1,7 +1,7 @@
 """A toy policy and task for reinforcement: which colour goes with which thing?
 
-The policy starts out answering with any of four colours, whatever is asked; only the reward
-says which one belongs to which thing.
+The policy starts out answering with any of four colours, the right one half of the time;
+only the reward says which one that is.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def build_policy(moe: bool = False) -> tuple[SailVLForConditionalGeneration, Sai
     return model, processor
 
 
-def save_guessing_policy(directory: Path, steps: int = 60, moe: bool = False) -> None:
-    """Train the policy to answer with any colour, evenly, and save it as a checkpoint."""
+def save_guessing_policy(directory: Path, steps: int = 120, moe: bool = False) -> None:
+    """Train the policy to be right every other time, and save it as a checkpoint."""
     model, processor = build_policy(moe)
     encoded = [
         processor.encode(
             [{"role": "user", "content": question(t)}, {"role": "assistant", "content": c}]
         )
         for t in THINGS
-        for c in COLOURS
+        for c in (*COLOURS, TRUTH[t], TRUTH[t])
     ]
     batch = collate_rows([[e] for e in encoded], max(len(e.input_ids) for e in encoded))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
