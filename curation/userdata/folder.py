@@ -44,7 +44,7 @@ class Folder:
         self.root = (path if path.is_dir() else path.parent).resolve()
         self.path = path
         # Media that a JSON Lines or CSV file speaks of are not looked at a second time.
-        self._claimed: set[Path] = set()
+        self._claimed: set[str] = set()
 
     def name(self, path: Path) -> str:
         """Where an item is, relative to the folder, in one spelling on every system."""
@@ -83,7 +83,7 @@ class Folder:
         media = [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES]
         used = {s for p in media for s in self._sidecars(p)}
         for path in paths:
-            if path.resolve() in self._claimed or path in used:
+            if os.path.realpath(path) in self._claimed or path in used:
                 continue
             yield from self._one(path, path in sidecars)
 
@@ -174,7 +174,7 @@ class Folder:
         if not normal.is_relative_to(self.root):
             raise Refusal("path_escape", f"{reference[:80]!r} leads outside the folder")
         record = self.load(path, self.name(normal))
-        self._claimed.add(path.resolve())
+        self._claimed.add(os.path.realpath(path))
         return record
 
     def _listed(self, path: Path) -> Found:

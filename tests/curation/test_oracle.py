@@ -56,7 +56,8 @@ def test_caption_rubric(caption: str, ita: int, vir: int) -> None:
 def test_unknown_truth_is_not_scored() -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     sample = Sample("u", "user:x", "caption", messages)
-    assert score_sample(sample) is None and score_video(sample) is None
+    assert score_sample(sample) is None
+    assert score_video(sample) is None
     with pytest.raises(ValueError, match="smell"):
         score_caption({"kind": "smell"}, "a rose")
 

@@ -123,7 +123,9 @@ def test_true_captions_parse_completely_and_score_full_alignment(source: str) ->
 
 def test_grammar_reads_what_is_said_and_counts_what_it_cannot_read() -> None:
     claims = parse_caption("2 objects: a red circle at the top left, an object, a gre")
-    assert claims.kind == "scene" and claims.count == 2 and claims.num_unparsed == 1
+    assert claims.kind == "scene"
+    assert claims.count == 2
+    assert claims.num_unparsed == 1
     assert claims.things == [ClaimedThing("red", "circle", 0), ClaimedThing(None, None, None)]
     assert parse_caption("some shapes").kind == ""
     assert parse_caption('the word "sail" in blue').facts == {("word", "sail"), ("ink", "blue")}
@@ -145,5 +147,6 @@ def test_questions_from_a_wrong_caption_follow_the_caption_not_the_image() -> No
     rng = np.random.default_rng(7)
     qas = caption_questions("a green cross at the top right", rng, 8)
     answers = {qa.question: qa.answer for qa in qas}
-    assert answers and not any("red" in a for a in answers.values())
+    assert answers
+    assert not any("red" in a for a in answers.values())
     assert caption_questions("a nice picture", rng, 4) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,9 @@ def everything(seed: int) -> list[Sample]:
 def test_training_and_heldout_share_no_layout() -> None:
     heldout = keys(list(heldout_samples(8, np.random.default_rng(1), SIZE)))
     training = keys(everything(2))
-    assert heldout and training and not heldout & training
+    assert heldout
+    assert training
+    assert not heldout & training
     # Digits are split by scan, see below; all else by its layout.
     assert all(in_heldout(key) for key in heldout if not key.startswith("digits:"))
     assert not any(in_heldout(key) for key in training if not key.startswith("digits:"))
@@ -65,7 +68,8 @@ def test_digits_of_the_two_sides_are_different_scans() -> None:
     rng = np.random.default_rng(3)
     train = {i for _ in range(300) for i in sample_digits(rng, 2).instances}
     held = {i for _ in range(300) for i in sample_digits(rng, 2, heldout=True).instances}
-    assert len(held) > 100 and not train & held
+    assert len(held) > 100
+    assert not train & held
 
 
 def test_every_object_is_drawn_where_its_box_says() -> None:
@@ -78,7 +82,8 @@ def test_every_object_is_drawn_where_its_box_says() -> None:
             near = np.abs(image - COLOURS[thing.colour]).sum(axis=2) < 60
             inside = near[max(0, y1 - 1) : y2 + 1, max(0, x1 - 1) : x2 + 1]
             assert inside.sum() > 0.15 * (x2 - x1) * (y2 - y1)
-            assert near[:, max(0, x1 - 1) : x2 + 1].any() and near[max(0, y1 - 1) : y2 + 1].any()
+            assert near[:, max(0, x1 - 1) : x2 + 1].any()
+            assert near[max(0, y1 - 1) : y2 + 1].any()
 
 
 def test_jitter_and_size_vary_inside_a_cell() -> None:
@@ -104,10 +109,10 @@ def test_moving_objects_move_the_stated_way_in_visible_steps() -> None:
         assert 2 <= len(frames) <= 8
         changed = np.abs(frames[-1] - frames[0]).sum(axis=2) > 60
         rows, columns = np.nonzero(changed)
-        dx, dy = DIRECTIONS[motion.direction]
+        dx, _dy = DIRECTIONS[motion.direction]
         width, height = np.ptp(columns), np.ptp(rows)
         assert (width > height) == (dx != 0), motion.direction
-        assert all((a != b).any() for a, b in zip(frames, frames[1:], strict=False))
+        assert all((a != b).any() for a, b in itertools.pairwise(frames))
 
 
 def test_heldout_asks_every_skill_with_balanced_yes_and_no() -> None:
@@ -128,7 +133,8 @@ def test_reference_gives_one_dense_question_sample_and_one_caption_per_image() -
         turns = [m for m in asked.messages if m["role"] == "user"]
         assert 6 <= len(turns) <= 8
         assert len({t["content"] for t in turns}) == len(turns)
-        assert described.task == "caption" and len(described.messages) == 2
+        assert described.task == "caption"
+        assert len(described.messages) == 2
         # No answer can be read off the conversation before it is asked.
         assert described.meta["caption"] not in str(asked.messages)
 
