@@ -113,10 +113,7 @@ def test_lengths_are_balanced_as_far_as_bins_allow() -> None:
 
 def _context(tmp_path: Path, name: str) -> StageContext:
     pool = list(prompt_pool(120, np.random.default_rng(2), 84))
-    twin = pool[0]
-    pool.append(
-        Sample("twin", twin.source, twin.task, twin.messages, twin.images, False, twin.meta)
-    )
+    pool.append(replace(pool[0], id="twin"))
     inputs = {
         "rl_pool": pool,
         "instruction": list(raw_instructions(60, np.random.default_rng(3), 84, 0.5)),
