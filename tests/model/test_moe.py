@@ -1,0 +1,177 @@
+"""Experts: the balance loss means what it says, health is measured, calibration raises entropy."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from model.calibration import CalibrationError, ExpertCalibrator, routers
+from model.moe import RouterMeter, balance_loss
+from tests.model.tiny import network, pack, samples
+
+
+def logits(num_tokens: int, seed: int = 0, experts: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_tokens, experts, generator=generator)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_uniform_routing_gives_the_coefficient(top_k):
+    # Every token prefers another rotation of the experts: shares and probabilities are uniform.
+    rotated = torch.stack([torch.roll(torch.arange(4.0), i) for i in range(4)]).repeat(5, 1)
+    loss = balance_loss([rotated, rotated], top_k, coefficient=0.01)
+    assert loss.item() == pytest.approx(0.01, rel=1e-5)
+
+
+def test_one_expert_for_everything_gives_e_times_the_coefficient():
+    everything = torch.tensor([[50.0, 0.0, 0.0, 0.0]]).repeat(6, 1)
+    assert balance_loss([everything], 1, coefficient=0.01).item() == pytest.approx(0.04, rel=1e-5)
+
+
+def test_padding_changes_nothing():
+    real = [logits(10, 1), logits(10, 2)]
+    padded = [torch.cat([x, 9 * logits(7, 3)]) for x in real]
+    mask = torch.arange(17) < 10
+    expected = balance_loss(real, 2)
+    torch.testing.assert_close(balance_loss(padded, 2, mask), expected)
+
+
+def test_it_equals_its_formula_per_layer():
+    layers = [logits(12, 4), logits(12, 5)]
+    total = 0.0
+    for layer in layers:
+        counts = [0.0] * 4
+        for row in layer:
+            for expert in row.topk(2).indices.tolist():
+                counts[expert] += 1
+        probs = layer.softmax(-1).mean(0).tolist()
+        total += 4 * sum(c / 24 * p for c, p in zip(counts, probs, strict=True))
+    assert balance_loss(layers, 2, coefficient=1.0).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_gradient_pushes_probability_off_the_busy_expert():
+    biased = (logits(50) + torch.tensor([2.0, 0.0, 0.0, 0.0])).requires_grad_()
+    balance_loss([biased], 1).backward()
+    assert biased.grad.sum(0)[0] > 0
+    assert biased.grad.sum(0)[1:].sum() < 0
+
+
+def test_model_loss_is_invariant_to_padding_and_packing():
+    model = network(moe=True)
+    encoded = samples()
+    length = sum(len(e.input_ids) for e in encoded)
+    losses = []
+    with torch.no_grad():
+        for room in (0, 30):
+            ids, segments, labels, tiles = pack(encoded, length + room)
+            out = model(ids, tiles, attention_mask=segments, labels=labels)
+            losses.append(out.aux_loss)
+            assert out.loss.item() == pytest.approx(
+                (out.loss_per_token.mean() + out.aux_loss).item(), rel=1e-5
+            )
+            assert len(out.router_logits) == 2
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_dense_models_have_no_balance_loss():
+    ids, segments, labels, tiles = pack(samples(), 160)
+    out = network()(ids, tiles, attention_mask=segments, labels=labels)
+    assert out.aux_loss is None
+    assert out.router_logits is None
+
+
+def _rank(rank: int, store: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's loss and gradient on its share of the 16 tokens."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        whole = logits(16, 7)
+        mine = (whole[:6] if rank == 0 else whole[6:]).clone().requires_grad_()
+        loss = balance_loss([mine], 2, coefficient=1.0, all_reduce=True)
+        loss.backward()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return loss.detach(), mine.grad
+
+
+def _other_rank(store: str, result: str) -> None:
+    loss, gradient = _rank(1, store)
+    save_file({"loss": loss, "gradient": gradient}, result)
+
+
+@pytest.mark.slow
+def test_global_balance_equals_the_joint_batch(tmp_path):
+    store, result = str(tmp_path / "store"), str(tmp_path / "rank1.safetensors")
+    other = multiprocessing.get_context("spawn").Process(target=_other_rank, args=(store, result))
+    other.start()
+    loss, gradient = _rank(0, store)
+    other.join()
+    remote = load_file(result)
+    joint = logits(16, 7).requires_grad_()
+    expected = balance_loss([joint], 2, coefficient=1.0)
+    expected.backward()
+    # Data-parallel training averages over ranks.
+    torch.testing.assert_close((loss + remote["loss"]) / 2, expected.detach())
+    torch.testing.assert_close(torch.cat([gradient, remote["gradient"]]) / 2, joint.grad)
+
+
+def test_health_of_known_routing():
+    meter = RouterMeter(top_k=1)
+    one = torch.tensor([[9.0, 0, 0, 0]] * 4 + [[0, 9.0, 0, 0]] * 4)
+    uniform = torch.eye(4).repeat(2, 1) * 9
+    meter.add([one, uniform])
+    meter.add([one, uniform], torch.tensor([True] * 4 + [False] * 4))
+    health = meter.health()
+    assert health.num_tokens == 12
+    assert health.num_dead == (2, 0)
+    shares = [8 / 12, 4 / 12]
+    entropy = -sum(p * math.log(p) for p in shares) / math.log(4)
+    assert health.entropy == pytest.approx((entropy, 1.0))
+    assert health.load_max_over_mean == pytest.approx((8 / 3, 1.0))
+    assert health.summary()["router_dead_experts"] == 2.0
+    with pytest.raises(ValueError, match="no routed token"):
+        RouterMeter(2).health()
+
+
+def test_calibration_raises_entropy_and_moves_routers_alone():
+    model = network(moe=True)
+    decoder = model.language_model
+    with torch.no_grad():
+        decoder.model.embed_tokens.weight[:, 0] += 10.0  # a direction that all tokens share
+        for weight in routers(decoder):  # experts 0 and 1 take nearly everything
+            weight.mul_(0.1)
+            weight[:2, 0] += 1.0
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(6):
+        ids = torch.randint(0, 250, (2, 32), generator=generator)
+        segments = (torch.arange(32) // 12 + 1).repeat(2, 1)
+        segments[:, 30:] = 0
+        batches.append((ids, segments))
+    calibrator = ExpertCalibrator(decoder, lr=0.05)
+    names = {id(p): n for n, p in decoder.named_parameters()}
+    frozen = {n: p.clone() for n, p in decoder.named_parameters() if "mlp.gate." not in n}
+    before = calibrator.measure(batches)
+    for _ in range(3):
+        for batch in batches:
+            step = calibrator.step(*batch)
+    after = calibrator.measure(batches)
+    assert after.health.summary()["router_entropy"] > (
+        1.2 * before.health.summary()["router_entropy"]
+    )
+    assert step.balance < 1.2
+    assert all(torch.equal(dict(decoder.named_parameters())[n], p) for n, p in frozen.items())
+    assert {names[id(p)] for p in calibrator.parameters} == {
+        f"model.layers.{i}.mlp.gate.weight" for i in range(2)
+    }
+
+
+def test_a_dense_model_cannot_be_calibrated():
+    with pytest.raises(CalibrationError, match="no routers"):
+        ExpertCalibrator(network().language_model, lr=0.1)
