@@ -20,7 +20,7 @@ def save_state(
     optimizer: torch.optim.Optimizer | None,
     scalars: dict[str, Any],
 ) -> None:
-    """Write model, optimizer and `scalars` (JSON-able: step, stream position, metrics) to `directory`.
+    """Write model, optimizer and JSON-able `scalars` (step, stream position, ...) to `directory`.
 
     Every parameter and buffer is stored once under its own name, tied ones under the first.
     """

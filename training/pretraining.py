@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from model.checkpoint import build_from_recipe, load_language, load_model, save_model
 from model.processor import SailVLProcessor
 from sailyard.stage import StageContext
-from training.checkpointing import STATE_FILE
-from training.supervised import SupervisedRun
+from training.supervised import SupervisedRun, carried
 
 
 def run_basic(ctx: StageContext) -> None:
@@ -21,9 +19,8 @@ def run_basic(ctx: StageContext) -> None:
     """
     recipe = ctx.section("pretraining.basic")
     control = _arm(ctx, recipe, "fixed", 0, None, {})
-    fixed = _finished_control(ctx, control.total_steps)
-    if fixed is None:
-        fixed = _essentials(control.run())
+    before = carried(ctx, control.total_steps)
+    fixed = before["fixed"] if before else _essentials(control.run())
     settings = recipe.adalrs.model_dump(exclude={"enabled"}) if recipe.adalrs.enabled else None
     arm = _arm(ctx, recipe, "adalrs", control.total_steps, settings, {"fixed": fixed})
     summary = arm.run()
@@ -69,16 +66,6 @@ def _arm(
         first_step=first_step,
         carry=carry,
     )
-
-
-def _finished_control(ctx: StageContext, control_steps: int) -> dict[str, Any] | None:
-    """What the control measured, when the newest checkpoint already belongs to the second arm."""
-    latest = ctx.checkpoints.latest()
-    if latest is None or latest[0] <= control_steps:
-        return None
-    state = json.loads((latest[1] / STATE_FILE).read_text(encoding="utf-8"))
-    fixed: dict[str, Any] = state["carry"]["fixed"]
-    return fixed
 
 
 def _essentials(summary: dict[str, Any]) -> dict[str, Any]:

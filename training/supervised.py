@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from sailyard.media import decode_image
 from sailyard.recipe import TrainRecipe
 from sailyard.samples import Sample
 from sailyard.stage import StageContext, StopRequested
-from training.checkpointing import load_state, restore, save_state, snapshot
+from training.checkpointing import STATE_FILE, load_state, restore, save_state, snapshot
 from training.engine import Engine
 from training.schedules import AdaLRS, lr_factor
 from training.stream import PackedStream, open_sources
@@ -33,6 +34,16 @@ def encoder(processor: SailVLProcessor) -> Callable[[Sample], Encoded]:
         return processor.encode(sample.messages, images, is_video=sample.is_video)
 
     return encode
+
+
+def carried(ctx: StageContext, first_step: int) -> dict[str, Any] | None:
+    """What the arms before `first_step` measured, if the newest checkpoint is past them."""
+    latest = ctx.checkpoints.latest()
+    if latest is None or latest[0] <= first_step:
+        return None
+    state = json.loads((latest[1] / STATE_FILE).read_text(encoding="utf-8"))
+    carry: dict[str, Any] = state["carry"]
+    return carry
 
 
 @dataclass(slots=True)

@@ -17,14 +17,16 @@ from curation.world.items import (
     sample_subject,
 )
 from curation.world.scene import pick_weighted
+from curation.world.tags import tags
 from sailyard.samples import SKILLS, Sample
 
-# Shares of the reference set, our choice: shapes carry most skills, photographs need the fewest.
+# Shares of the reference set, our choice: shapes carry most skills, but digits, words and charts
+# are harder to see.
 REFERENCE_WEIGHTS: dict[str, float] = {
-    "microworld": 0.54,
-    "digits": 0.16,
-    "words": 0.09,
-    "charts": 0.11,
+    "microworld": 0.34,
+    "digits": 0.24,
+    "words": 0.14,
+    "charts": 0.18,
     "photos": 0.04,
     "video": 0.06,
 }
@@ -47,13 +49,15 @@ def reference_samples(
     """Clean, densely annotated data: for each image one sample of up to 8 QA turns and one caption.
 
     The two are separate samples, so that no answer can be copied from a caption in the context.
-    Yields 2 * `num_images` samples.
+    Captions carry `meta["tags"]`, what the image shows. Yields 2 * `num_images` samples.
     """
     for i in range(num_images):
         item = reference_item(rng, image_size, weights)
         num = MIN_TURNS + int(rng.random() * (MAX_TURNS - MIN_TURNS + 1))
         yield qa_sample(f"ref-{i:06d}-qa", item, questions_of(item.subject, rng, num))
-        yield caption_sample(f"ref-{i:06d}-cap", item, caption_of(item.subject, rng), rng)
+        caption = caption_sample(f"ref-{i:06d}-cap", item, caption_of(item.subject, rng), rng)
+        caption.meta["tags"] = tags(item.truth)
+        yield caption
 
 
 def heldout_samples(per_skill: int, rng: np.random.Generator, image_size: int) -> Iterator[Sample]:

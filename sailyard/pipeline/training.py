@@ -30,7 +30,7 @@ def bootstrap_stages(gpus: int) -> list[Stage]:
                 "reference": "curation.ingest/reference",
             },
             outputs=("vision", "captioner"),
-            sections=("bootstrap.vision", "model"),
+            sections=("bootstrap.vision", "bootstrap.tower", "model"),
             doc="Vision tower, and the predecessor model that judges and validates data.",
             needs_torch=True,
             resumable=True,

@@ -45,6 +45,7 @@ from sailyard.recipe.training import (
     Dtype,
     Optimization,
     RLRecipe,
+    TowerRecipe,
     TrainRecipe,
 )
 
@@ -90,6 +91,7 @@ __all__ = [
     "Suite",
     "SyntheticVQA",
     "ThinkFusionData",
+    "TowerRecipe",
     "TrainRecipe",
     "VideoFilter",
     "VisionShape",

@@ -12,6 +12,7 @@ from sailyard.recipe.training import (
     BasicTrainRecipe,
     CalibrationRecipe,
     RLRecipe,
+    TowerRecipe,
     TrainRecipe,
 )
 
@@ -24,8 +25,11 @@ class Bootstrap(Section):
     )
     """A language model on text alone."""
 
+    tower: TowerRecipe = TowerRecipe()
+    """The ViT alone, on the tags of the reference set; skipped for a pretrained tower."""
+
     vision: TrainRecipe = TrainRecipe(lr=3e-4, batch_size=64)
-    """A ViT, learnt inside a captioner on the reference set."""
+    """The ViT inside a captioner, on the captions and questions of the reference set."""
 
 
 class AlignmentMetrics(Section):

@@ -116,6 +116,28 @@ class TrainRecipe(Optimization):
         return self
 
 
+class TowerRecipe(Section):
+    """A ViT from nothing, by naming what images show. All numbers our choice."""
+
+    steps: int = Field(20_000, ge=1)
+    """Optimizer steps."""
+
+    batch_size: int = Field(1024, ge=1)
+    """Images per step."""
+
+    lr: float = Field(1e-3, gt=0, le=1)
+    """Peak learning rate, cosine to a twentieth."""
+
+    weight_decay: float = Field(0.05, ge=0, le=1)
+    """AdamW's decoupled weight decay."""
+
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest norm of the whole gradient."""
+
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints."""
+
+
 class AdaLRS(Section):
     """Search for the learning rate while training runs (paper section 3.2.3)."""
 

@@ -6,7 +6,7 @@ Shape legend: N response tokens of one row, S responses of one row.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -87,12 +87,28 @@ class NonFiniteUpdate(FloatingPointError):
     """The gradient of an update is not a number; the weights were left as they were."""
 
 
+class MiniBatch:
+    """The packed rows of one update.
+
+    old_logprobs: per micro-batch, the log-probabilities under the policy that sampled; None
+    while that is still the policy itself, so that the forward pass of the update gives them.
+    """
+
+    def __init__(self, responses: Sequence[Response], recipe: RLRecipe) -> None:
+        lengths = [len(response.encoded.input_ids) for response in responses]
+        rows = [[responses[i] for i in row] for row in pack_rows(lengths, recipe.seq_len)]
+        size = recipe.micro_batch_size
+        self.shards = [rows[i : i + size] for i in range(0, len(rows), size)]
+        self.size = BatchSize(sum(r.num_tokens for r in responses), len(responses))
+        self.old_logprobs: list[Tensor] | None = None
+
+
 class Policy:
     """The model being trained: its optimizer, its algorithm, its precision.
 
     A mini-batch of responses is packed into rows of at most `seq_len` tokens, never padded to
-    the longest. The reference ("old") log-probabilities are computed by this same forward pass
-    and not taken from the sampler, so that the ratio is exactly 1 until the weights move.
+    the longest. The reference ("old") log-probabilities come from this same forward pass and not
+    from the sampler, whose other kernels and precision would pass for a change of the policy.
     """
 
     def __init__(self, model: SailVLForConditionalGeneration, recipe: RLRecipe) -> None:
@@ -127,10 +143,20 @@ class Policy:
             return stats
         order = shuffle.permutation(len(groups))
         chunks = np.array_split(order, min(self.recipe.updates_per_step, len(groups)))
-        batches = [MiniBatch([r for i in chunk for r in groups[i]], self) for chunk in chunks]
+        batches = [
+            MiniBatch([r for i in chunk for r in groups[i]], self.recipe) for chunk in chunks
+        ]
+        for batch in batches[1:]:
+            self.remember(batch)
         for batch in batches:
             self._update(batch, lr, stats)
         return stats
+
+    @torch.no_grad()
+    def remember(self, batch: MiniBatch) -> None:
+        """Note the log-probabilities of the policy as it is, before updates change it."""
+        self.model.eval()
+        batch.old_logprobs = [self.logprobs(shard) for shard in batch.shards]
 
     def _update(self, batch: MiniBatch, lr: float, stats: UpdateStats) -> None:
         loss = self.accumulate(batch, stats)
@@ -151,10 +177,12 @@ class Policy:
         self.model.train()
         loss_of = gspo_loss if self.algorithm == "gspo" else dapo_loss
         total = 0.0
-        for rows, old_logprobs_N in batch.shards():
+        for number, rows in enumerate(batch.shards):
+            logprobs_N = self.logprobs(rows)
+            old = batch.old_logprobs
             tokens = PolicyTokens(
-                logprobs_N=self.logprobs(rows),
-                old_logprobs_N=old_logprobs_N,
+                logprobs_N=logprobs_N,
+                old_logprobs_N=logprobs_N.detach() if old is None else old[number],
                 sequence_N=_sequence_ids(rows),
                 advantages_S=torch.tensor([r.advantage for row in rows for r in row]),
             )
@@ -172,14 +200,10 @@ class Policy:
         encoded = [[response.encoded for response in row] for row in rows]
         length = max(sum(len(e.input_ids) for e in row) for row in encoded)
         batch = collate_rows(encoded, length)
-        input_ids, labels = batch["input_ids"], batch["labels"]
-        # A policy may sample <IMG_CONTEXT>. As a label it stays what it is, but as an input it
-        # would ask for a tile that does not exist.
-        stray = (input_ids == self.model.config.image_token_id) & (labels != IGNORE_INDEX)
-        input_ids = input_ids.masked_fill(stray, self.model.config.text_config.pad_token_id)
+        labels = batch["labels"]
         with self.precision():
             output = self.model(
-                input_ids=input_ids,
+                input_ids=batch["input_ids"],
                 pixel_values=batch["pixel_values"],
                 position_ids=batch["position_ids"],
                 attention_mask=batch["segment_ids"],
@@ -189,25 +213,6 @@ class Policy:
         # The logits of labelled positions come in row-major order, which is that of the rows.
         logits_NV = output.logits.float() / self.recipe.temperature
         return -F.cross_entropy(logits_NV, labels[labels != IGNORE_INDEX], reduction="none")
-
-
-class MiniBatch:
-    """The packed rows of one update, with the log-probabilities under the policy that sampled."""
-
-    def __init__(self, responses: Sequence[Response], policy: Policy) -> None:
-        lengths = [len(response.encoded.input_ids) for response in responses]
-        packed = pack_rows(lengths, policy.recipe.seq_len)
-        rows = [[responses[i] for i in row] for row in packed]
-        size = policy.recipe.micro_batch_size
-        self._shards = [rows[i : i + size] for i in range(0, len(rows), size)]
-        self.size = BatchSize(sum(r.num_tokens for r in responses), len(responses))
-        policy.model.eval()
-        with torch.no_grad():
-            self.old_logprobs = [policy.logprobs(shard) for shard in self._shards]
-
-    def shards(self) -> Iterator[tuple[list[list[Response]], Tensor]]:
-        """Micro-batches of rows and the old log-probabilities of their reply tokens."""
-        return zip(self._shards, self.old_logprobs, strict=True)
 
 
 def resolve_algorithm(

@@ -260,7 +260,7 @@ def _reward_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """Means over all rollouts: reward, accuracy, format_rate, think_score; response_length in
     tokens; truncated, the share cut off by the token budget."""
     rollouts = [rollout for group in groups for rollout in group]
-    columns = {
+    columns: dict[str, list[float]] = {
         "reward": [r.reward for r in rollouts],
         "accuracy": [r.terms.answer for r in rollouts],
         "format_rate": [r.terms.format for r in rollouts],
