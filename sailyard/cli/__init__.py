@@ -13,22 +13,22 @@ from sailyard.cli.models import promote, rollback, serve
 from sailyard.cli.output import errors
 from sailyard.cli.running import run, stage_app
 
-app = typer.Typer(
+commands = typer.Typer(
     name="sailyard",
     help="Builds vision-language models, from raw image-text data to a served checkpoint.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(run)
-app.add_typer(stage_app, name="stage")
+commands.command()(run)
+commands.add_typer(stage_app, name="stage")
 for command in (status, report, lineage, ingest, promote, rollback, serve, doctor):
-    app.command()(command)
+    commands.command()(command)
 
 
-def main() -> None:
+def app() -> None:
     """Run the command line; what a user can get wrong ends in one line, not in a traceback."""
     try:
-        app()
+        commands()
     except (ValueError, OSError) as error:
         from sailyard.yard import Yard
 
@@ -36,5 +36,5 @@ def main() -> None:
             text = Yard().redact(str(error))
         except ValueError:  # the settings themselves are what is wrong
             text = str(error)
-        errors.print(f"error: {text}", style="red", markup=False, highlight=False)
+        errors.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
