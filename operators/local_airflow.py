@@ -136,11 +136,15 @@ class LocalAirflow:
             raise AirflowStartError(f"`airflow db migrate` failed; {log} ends with:\n{tail(log)}")
 
     def _wait_healthy(self) -> None:
+        warm = False
         deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             self._services.check()
             health = self.client.health()
-            if all(health.get(name) == "healthy" for name in HEALTH_NAMES):
+            healthy = all(health.get(name) == "healthy" for name in HEALTH_NAMES)
+            # Asked as soon as there is an answer at all: it overlaps with the other components.
+            warm = warm or (bool(health) and self.client.warm_up())
+            if healthy and warm:
                 return
             if time.monotonic() > deadline:
                 raise AirflowStartError(
