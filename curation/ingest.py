@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,10 +120,18 @@ def run(ctx: StageContext) -> None:
     user = _user_samples(ctx, data, quarantine)
     num_leaked = _broken_samples(ctx, world, quarantine)
     outputs = _world_streams(ctx, world)
-    sizes = {
-        name: write_samples(ctx.output(name), _watched(ctx, name, stream, user.get(name)))
-        for name, stream in outputs.items()
+    totals = {
+        "captions": world.num_images + world.num_digits + world.num_words + world.num_photos,
+        "reference": 2 * world.num_reference,
+        "video": world.num_videos,
+        "instruction": world.num_instructions,
+        "rl_pool": world.num_rl_prompts,
     }
+    sizes: dict[str, int] = {}
+    for name, stream in outputs.items():
+        mine: Sequence[Sample] = user.get(name, ())
+        both = _watched(ctx, name, stream, mine, totals[name] + len(mine))
+        sizes[name] = write_samples(ctx.output(name), both)
     quarantine.close()
     ctx.summary(
         num_samples=sizes,
@@ -184,16 +193,9 @@ def _broken_samples(ctx: StageContext, world: WorldRecipe, quarantine: Quarantin
 
 
 def _watched(
-    ctx: StageContext, name: str, stream: Iterator[Sample], user: SampleReader | None
+    ctx: StageContext, name: str, stream: Iterator[Sample], user: Sequence[Sample], total: int
 ) -> Iterator[Sample]:
     """The world's samples, then the user's, with progress."""
-    done = 0
-    for sample in stream:
-        done += 1
-        ctx.progress(done, done, name)
+    for done, sample in enumerate(chain(stream, iter(user)), 1):
+        ctx.progress(done, total, name)
         yield sample
-    for index in range(len(user) if user is not None else 0):
-        assert user is not None
-        done += 1
-        ctx.progress(done, done, f"{name}: user data")
-        yield user[index]

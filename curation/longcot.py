@@ -193,13 +193,21 @@ def as_sample(item: Written, name: str) -> Sample:
 
 
 def filtered(
-    samples: Iterator[Sample], rng: np.random.Generator, max_overlap: float, funnel: Counter[str]
+    samples: Iterator[Sample],
+    rng: np.random.Generator,
+    max_overlap: float,
+    funnel: Counter[str],
+    counts: Counter[str],
 ) -> Iterator[Written]:
-    """Everything up to the length balance; `funnel` counts what each filter takes away."""
+    """Everything up to the length balance.
+
+    `funnel` counts questions and what each filter takes of them, `counts` the rest: answers that
+    were shortened, samples that held no question with known reasons.
+    """
     seen: set[bytes] = set()
     for sample in samples:
         tasks = list(tasks_of(sample))
-        funnel["no_chain"] += not tasks
+        counts["without_chain"] += not tasks
         for task in tasks:
             funnel["questions"] += 1
             key = task_key(task)
@@ -213,7 +221,7 @@ def filtered(
                 continue
             chain, raw = parsed
             answer = distil(raw, task.answer)
-            funnel["distilled"] += answer != raw
+            counts["distilled"] += answer != raw
             if answer != task.answer:
                 funnel["wrong"] += 1
             elif overlap(chain, answer) > max_overlap:
@@ -229,6 +237,7 @@ def run(ctx: StageContext) -> None:
     readers = [SampleReader(ctx.input(name)) for name in ctx.input_names]
     total = sum(len(reader) for reader in readers)
     funnel: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
 
     def raw() -> Iterator[Sample]:
         done = 0
@@ -238,10 +247,17 @@ def run(ctx: StageContext) -> None:
                 ctx.progress(done, total, f"{funnel['questions']} questions")
                 yield reader[index]
 
-    written = list(filtered(raw(), rng, recipe.max_overlap, funnel))
+    written = list(filtered(raw(), rng, recipe.max_overlap, funnel, counts))
     kept, histogram = balance_lengths(written, recipe.num_samples, recipe.length_bins, rng)
     skills = Counter(item.task.skill for item in kept)
     samples = (as_sample(item, f"cot-{i:06d}") for i, item in enumerate(kept))
     count = write_samples(ctx.output("longcot"), samples)
     funnel["unbalanced"] = len(written) - count
-    ctx.summary(num_samples=count, funnel=dict(funnel), lengths=histogram, skills=dict(skills))
+    ctx.summary(
+        num_samples=count,
+        funnel=dict(funnel),
+        distilled=counts["distilled"],
+        without_chain=counts["without_chain"],
+        lengths=histogram,
+        skills=dict(skills),
+    )
