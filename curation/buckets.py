@@ -94,8 +94,14 @@ def draw_evenly(labels: Sequence[Hashable], target: int, seed: int) -> list[int]
     return sorted(drawn)
 
 
-def entropy(labels: Sequence[Hashable]) -> float:
-    """Shannon entropy of the labels' shares, in nats."""
+def evenness(labels: Sequence[Hashable], num_classes: int) -> float:
+    """How evenly items spread over the classes: entropy over its greatest possible value, 0-1.
+
+    The greatest value is log min(items, classes): few items cannot fill many classes.
+    """
     counts = Counter(labels)
     total = sum(counts.values())
-    return -sum(c / total * math.log(c / total) for c in counts.values()) if total else 0.0
+    most = math.log(max(min(total, num_classes), 1))
+    if most == 0.0:
+        return 1.0
+    return -sum(c / total * math.log(c / total) for c in counts.values()) / most

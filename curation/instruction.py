@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from curation import probe
-from curation.buckets import draw_evenly, entropy, kmeans
+from curation.buckets import draw_evenly, evenness, kmeans
 from model.checkpoint import load_model
 from model.generation import generate
 from sailyard.media import decode_image
@@ -246,6 +246,7 @@ def run(ctx: StageContext) -> None:
     ctx.progress(3, 5, "latent classes")
     embeddings = probe.embed_phrases(model, processor, phrases)
     labels = kmeans(embeddings, recipe.bucket_factor * len(accepted), ctx.seed)
+    num_buckets = len(set(labels.tolist()))
     drawn = draw_evenly(labels.tolist(), recipe.target_size, ctx.seed)
     ctx.progress(4, 5, "re-annotating")
     annotation: Counter[str] = Counter()
@@ -267,9 +268,9 @@ def run(ctx: StageContext) -> None:
         sources={name: asdict(report) for name, report in sorted(reports.items())},
         pool=len(pool),
         categories=len(accepted),
-        buckets=len(set(labels.tolist())),
-        bucket_entropy_before=entropy(labels.tolist()),
-        bucket_entropy_after=entropy([int(labels[index]) for index in drawn]),
+        buckets=num_buckets,
+        evenness_before=evenness(labels.tolist(), num_buckets),
+        evenness_after=evenness([int(labels[index]) for index in drawn], num_buckets),
         kept=count,
         kept_by_source=dict(sorted(chosen_sources.items())),
         annotation=dict(annotation),

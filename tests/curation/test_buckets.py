@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.buckets import draw_evenly, entropy, kmeans
+from curation.buckets import draw_evenly, evenness, kmeans
 
 
 def clusters(sizes: tuple[int, ...], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +53,10 @@ def test_the_draw_is_even_and_without_repetition(labels: list[int], target: int,
     fullest = max(counts.values())
     # A bucket that gave less than the fullest by more than one has nothing left.
     assert all(counts[b] >= fullest - 1 or counts[b] == held[b] for b in held)
-    if target <= len(labels):
-        assert entropy([labels[i] for i in drawn]) >= 0.0
 
 
-def test_entropy_of_an_even_set_is_log_n() -> None:
-    assert entropy(["a", "b", "c", "d"]) == pytest.approx(np.log(4))
-    assert entropy([]) == 0.0
+def test_evenness() -> None:
+    assert evenness(["a", "b", "c", "d"], 4) == pytest.approx(1.0)
+    assert evenness(["a", "b"], 100) == pytest.approx(1.0)
+    assert evenness(["a"] * 99 + ["b"], 2) < 0.1
+    assert evenness([], 3) == 1.0

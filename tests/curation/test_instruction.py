@@ -10,7 +10,7 @@ import torch
 
 from curation import instruction, probe
 from curation.world.sources import raw_instructions
-from sailyard.samples import SampleReader
+from sailyard.samples import Sample, SampleReader
 from sailyard.stage import local_context
 from tests.evaluation.tiny import SIZE, micro_recipe, pool, save_tiny, tiny_model, write
 
@@ -41,24 +41,29 @@ def test_answers_are_written_anew_from_the_truth() -> None:
     assert instruction.reannotate(sample) == "unknown"
 
 
+def fact(number: int, answer: str) -> Sample:
+    messages = [
+        {"role": "user", "content": f"Which colour is object {number}?"},
+        {"role": "assistant", "content": answer},
+    ]
+    return Sample(f"fact-{number}", "facts", "colour", messages)
+
+
 def test_a_taught_model_contradicts_wrong_answers_only() -> None:
-    """After learning a few items by heart the probe tells their right answers from wrong ones."""
+    """After learning a few facts by heart the probe tells right answers from wrong ones."""
     torch.set_num_threads(1)
     model, processor = tiny_model()
-    right = pool(6, skills=("colour",))
-    encoded = probe.encode(processor, right)
-    for seed in range(40):
-        model = probe.tune(model, encoded, lr=3e-3, batch_tokens=4096, seed=seed)
-    wrong = pool(6, skills=("colour",))
-    for sample in wrong:
-        sample.messages[-1]["content"] = "seven"
-    against, answers = probe.contradictions(model, encoded)
-    assert answers.sum() == 6
-    assert against.sum() == 0
-    against, _ = probe.contradictions(model, probe.encode(processor, wrong))
-    assert against.sum() == 6
-    believed = probe.answer_probabilities(model, encoded)
-    assert believed.min() > probe.answer_probabilities(model, probe.encode(processor, wrong)).max()
+    facts = {1: "red", 2: "blue", 3: "green", 4: "purple"}
+    right = probe.encode(processor, [fact(number, answer) for number, answer in facts.items()])
+    wrong = probe.encode(processor, [fact(number, "seven") for number in facts])
+    for seed in range(60):
+        model = probe.tune(model, right, lr=3e-3, batch_tokens=4096, seed=seed)
+    against, answers = probe.contradictions(model, right)
+    assert (against.sum(), answers.sum()) == (0, 4)
+    against, answers = probe.contradictions(model, wrong)
+    assert (against.sum(), answers.sum()) == (4, 4)
+    believed = probe.answer_probabilities(model, right)
+    assert believed.min() > probe.answer_probabilities(model, wrong).max()
 
 
 def test_packing_changes_no_probability() -> None:
@@ -121,7 +126,10 @@ def test_no_source_at_all_is_an_error() -> None:
 @pytest.mark.slow
 def test_the_stage_on_raw_sources(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    recipe = micro_recipe("curation.instruction2.target_size=40")
+    # An untaught captioner measures noise, so no source is refused for its gain here.
+    recipe = micro_recipe(
+        "curation.instruction2.target_size=40", "curation.instruction2.min_gain=-1.0"
+    )
     inputs = {
         "instruction": write(tmp_path / "raw", raw(100)),
         "captioner": save_tiny(tmp_path / "captioner"),
@@ -131,6 +139,6 @@ def test_the_stage_on_raw_sources(tmp_path: Path) -> None:
     reader = SampleReader(ctx.output("instruction"))
     figures = ctx.summary_values
     assert len(reader) == figures["kept"] == 40
-    assert figures["bucket_entropy_after"] >= figures["bucket_entropy_before"]
+    assert figures["evenness_after"] > figures["evenness_before"]
     assert figures["buckets"] > figures["categories"]
     assert all({"phrase", "bucket"} <= sample.meta.keys() for sample in reader)
