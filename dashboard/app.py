@@ -5,47 +5,57 @@ Start it with ``python -m dashboard``. ``?run=ID&stage=NAME`` opens a stage of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import streamlit as st
 
 from dashboard import look
+from dashboard.selection import run_picker
 from dashboard.views import evaluation, funnel, lineage, metrics, registry, runs
-from sailyard.lineage import DatabaseError
+from sailyard.lineage import DatabaseError, RunInfo
 from sailyard.settings import get_settings
+
+LOGO = Path(__file__).with_name("logo.svg")
+PAGES: dict[str, list[tuple[str, str, Callable[[RunInfo | None], None]]]] = {
+    "Build": [
+        ("Runs", ":material/sailing:", runs.page),
+        ("Metrics", ":material/show_chart:", metrics.page),
+        ("Data", ":material/filter_alt:", funnel.page),
+    ],
+    "Release": [
+        ("Evaluation", ":material/fact_check:", evaluation.page),
+        ("Lineage", ":material/account_tree:", lineage.page),
+        ("Registry", ":material/anchor:", registry.page),
+    ],
+}
 
 
 def main() -> None:
-    """Draw the chosen page."""
-    st.set_page_config(page_title="Sailyard", page_icon="⛵", layout="wide")
-    pages = {
-        "Build": [
-            st.Page(runs.page, title="Runs", icon=":material/sailing:", default=True),
-            st.Page(
-                metrics.page, title="Metrics", icon=":material/show_chart:", url_path="metrics"
-            ),
-            st.Page(funnel.page, title="Data", icon=":material/filter_alt:", url_path="data"),
-        ],
-        "Release": [
-            st.Page(
-                evaluation.page,
-                title="Evaluation",
-                icon=":material/fact_check:",
-                url_path="evaluation",
-            ),
-            st.Page(
-                lineage.page, title="Lineage", icon=":material/account_tree:", url_path="lineage"
-            ),
-            st.Page(registry.page, title="Registry", icon=":material/anchor:", url_path="registry"),
-        ],
-    }
-    with st.sidebar:
-        st.markdown("## ⛵ Sailyard")
-    current = st.navigation(pages)
+    """Draw the side bar and the chosen page."""
+    st.set_page_config(page_title="Sailyard", page_icon=":material/sailing:", layout="wide")
+    st.logo(str(LOGO), size="large")
+    run: RunInfo | None = None
+
+    def script(page: Callable[[RunInfo | None], None]) -> Callable[[], None]:
+        return lambda: page(run)  # looked up when the page is drawn, after the run is picked
+
+    chosen = st.navigation(
+        {
+            section: [
+                st.Page(script(page), title=title, icon=icon, url_path=title.lower())
+                for title, icon, page in pages
+            ]
+            for section, pages in PAGES.items()
+        }
+    )
     try:
-        current.run()
+        run = run_picker()
+        chosen.run()
     except DatabaseError as error:
         look.page_header("The board has no database", str(error))
     with st.sidebar:
-        st.caption(f"State: `{get_settings().home}`")
+        st.caption(f"State: {get_settings().home}")
 
 
 main()

@@ -43,6 +43,8 @@ def funnels(summaries: Mapping[str, Summary]) -> list[Funnel]:
         summary = summaries.get(stage)
         if summary:
             came, kept, reasons = read(summary)
+            if not came:
+                continue
             positive = {name: count for name, count in reasons.items() if count > 0}
             found.append(Funnel(stage, unit, came, kept, positive))
     return found

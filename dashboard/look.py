@@ -19,22 +19,43 @@ GROUP_COLOURS = {
     "deployment": "#c8453b",
 }
 
-STATUS_ICONS = {
-    "pending": "⚪",
-    "created": "⚪",
-    "running": "🔵",
-    "finished": "🟢",
-    "cached": "🟢",
-    "failed": "🔴",
-    "stopped": "🟠",
-    "lost": "🟠",
+# Plain glyphs: they need no emoji font and read well in tables and menus.
+_STATUS_MARKS = {
+    "pending": "○",
+    "created": "○",
+    "running": "▶",
+    "finished": "✓",
+    "failed": "✗",
+    "stopped": "■",
+    "lost": "■",
+}
+_STATUS_COLOURS = {
+    "running": "blue",
+    "finished": "green",
+    "failed": "red",
+    "stopped": "orange",
+    "lost": "orange",
 }
 
 
+def status_mark(status: str) -> str:
+    """One glyph for a status."""
+    return _STATUS_MARKS.get(status, "○")
+
+
 def status_text(status: str, cached: bool = False) -> str:
-    """A status with its light."""
-    shown = "cached" if cached else status
-    return f"{STATUS_ICONS.get(status, '⚪')} {shown}"
+    """A status with its glyph."""
+    return f"{status_mark(status)} {'cached' if cached else status}"
+
+
+def status_colour(status: str) -> str:
+    """Streamlit's name of the status's colour."""
+    return _STATUS_COLOURS.get(status, "gray")
+
+
+def status_badge(status: str, cached: bool = False) -> str:
+    """A status as a coloured badge, in markdown."""
+    return f":{status_colour(status)}-badge[{status_text(status, cached)}]"
 
 
 def seconds_text(seconds: float) -> str:

@@ -12,7 +12,11 @@ _PICKER = "run picker"
 
 
 def run_picker() -> RunInfo | None:
-    """Draw the side bar's run picker; None when there is no run at all."""
+    """Draw the side bar's run picker; None when there is no run at all.
+
+    The board draws it outside its pages: a widget inside a page forgets its choice when the page
+    is left.
+    """
     found = data.runs()
     if not found:
         return None
@@ -26,9 +30,7 @@ def run_picker() -> RunInfo | None:
         chosen = st.selectbox(
             "Run",
             list(by_id),
-            format_func=lambda run_id: (
-                f"{look.STATUS_ICONS.get(by_id[run_id].status, '')} {run_id}"
-            ),
+            format_func=lambda run_id: f"{look.status_mark(by_id[run_id].status)} {run_id}",
             help="Newest first. Every page shows this run.",
             key=_PICKER,
         )

@@ -9,21 +9,20 @@ import altair as alt
 import streamlit as st
 
 from dashboard import data, look
-from dashboard.selection import run_picker
+from sailyard.lineage import RunInfo
 from sailyard.report import build_report
 
 STAGE = "evaluation.suite"
 Report = Mapping[str, Any]
 
 
-def page() -> None:
+def page(run: RunInfo | None) -> None:
     """Draw the page."""
     look.page_header(
         "Evaluation",
         "Held-out questions, greedy answers, rule-checked. The dashed line is what always giving "
         "the commonest answer would score.",
     )
-    run = run_picker()
     if run is None:
         look.nothing_yet("There is no run yet.", look.HOW_TO_RUN)
         return

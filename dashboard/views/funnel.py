@@ -11,8 +11,7 @@ import streamlit as st
 
 from dashboard import data, look
 from dashboard.funnels import Funnel, funnels
-from dashboard.selection import run_picker
-from sailyard.lineage import queries
+from sailyard.lineage import RunInfo, queries
 from sailyard.samples import Sample
 
 KEPT = "kept"
@@ -37,12 +36,11 @@ GALLERIES: dict[str, tuple[str, str | None]] = {
 QUARANTINE = "curation.ingest/quarantine"
 
 
-def page() -> None:
+def page(run: RunInfo | None) -> None:
     """Draw the page."""
     look.page_header(
         "Data", "The funnel of every curation stage by reason, and samples of what it kept and not."
     )
-    run = run_picker()
     if run is None:
         look.nothing_yet("There is no run yet.", look.HOW_TO_RUN)
         return
@@ -77,7 +75,7 @@ def _funnels(found: Sequence[Funnel]) -> None:
         alt.Chart(look.table(bars))
         .mark_bar()
         .encode(
-            x=alt.X("share:Q", title=None, axis=alt.Axis(format="%")),
+            x=alt.X("share:Q", title=None, axis=alt.Axis(format="%", tickCount=5)),
             y=alt.Y("stage:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
             color=alt.Color(
                 "fate:N",
@@ -110,11 +108,11 @@ def _one(funnel: Funnel) -> None:
         alt.Chart(look.table(rows))
         .mark_bar(cornerRadiusEnd=3, color="#c8453b", opacity=0.8)
         .encode(
-            x=alt.X("count:Q", title=None, axis=alt.Axis(tickMinStep=1)),
+            x=alt.X("count:Q", title=None, axis=alt.Axis(tickMinStep=1, tickCount=5)),
             y=alt.Y("reason:N", sort="-x", title=None, axis=alt.Axis(labelLimit=260)),
             tooltip=["reason:N", "count:Q"],
         )
-        .properties(height=26 * len(rows) + 20)
+        .properties(height=alt.Step(22))
     )
     st.altair_chart(chart, width="stretch")
 

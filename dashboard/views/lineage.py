@@ -9,8 +9,7 @@ from typing import Any
 import streamlit as st
 
 from dashboard import data, look
-from dashboard.selection import run_picker
-from sailyard.lineage import Ancestry, ArtifactNode, queries
+from sailyard.lineage import Ancestry, ArtifactNode, RunInfo, queries
 
 ARTIFACT = "artifact"
 _PICKER, _FLOW = "artifact picker", "lineage graph"
@@ -28,12 +27,11 @@ DIRECTIONS = {"made from": "up", "used for": "down", "both": "both"}
 COLUMN_WIDTH, ROW_HEIGHT = 260, 78
 
 
-def page() -> None:
+def page(run: RunInfo | None) -> None:
     """Draw the page."""
     look.page_header(
         "Lineage", "Every artifact knows the stage, the run and the artifacts it came from."
     )
-    run = run_picker()
     if run is None:
         look.nothing_yet("There is no run yet.", look.HOW_TO_RUN)
         return

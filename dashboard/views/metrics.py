@@ -8,8 +8,7 @@ import altair as alt
 import streamlit as st
 
 from dashboard import data, look
-from dashboard.selection import run_picker
-from sailyard.lineage import queries
+from sailyard.lineage import RunInfo, queries
 
 REFRESH_SECONDS = 5.0
 # Most telling first; a stage offers what it has.
@@ -27,10 +26,9 @@ MAX_RUNS = 6
 COLUMNS = 2
 
 
-def page() -> None:
+def page(run: RunInfo | None) -> None:
     """Draw the page."""
     look.page_header("Metrics", "Curves that stages write while they run. Compare runs by name.")
-    run = run_picker()
     if run is None:
         look.nothing_yet("There is no run yet.", look.HOW_TO_RUN)
         return

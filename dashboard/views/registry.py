@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from dashboard import data, look
-from dashboard.selection import run_picker
+from sailyard.lineage import RunInfo
 from sailyard.registry import ModelVersion, Registry, RegistryError
 
 DEFAULT_ALIAS = "production"
@@ -25,13 +25,12 @@ class Move:
     reason: str
 
 
-def page() -> None:
-    """Draw the page."""
+def page(_run: RunInfo | None) -> None:
+    """Draw the page; versions belong to no run, so the picked one does not matter."""
     look.page_header(
         "Registry",
         "Versions that runs registered, the aliases that point at them, and every move ever made.",
     )
-    run_picker()
     registry = data.yard().registry
     if message := st.session_state.pop(_DONE, None):
         st.success(message)
@@ -199,7 +198,7 @@ def _history(registry: Registry) -> None:
             {
                 "when": look.time_text(move.at),
                 "alias": move.alias,
-                "action": "⬆ promote" if move.action == "promote" else "↩ rollback",
+                "action": move.action,
                 "from": move.previous or "–",
                 "to": move.version,
                 "who": move.actor,

@@ -10,7 +10,7 @@ import altair as alt
 import streamlit as st
 
 from dashboard import data, look
-from dashboard.selection import STAGE, run_picker
+from dashboard.selection import STAGE
 from sailyard.lineage import RunInfo, StageRunInfo
 from sailyard.runs import StageState
 
@@ -18,10 +18,9 @@ REFRESH_SECONDS = 3.0
 _STAGE_PICKER, _TABLE = "stage picker", "stage table"
 
 
-def page() -> None:
+def page(run: RunInfo | None) -> None:
     """Draw the page; it refreshes itself while the run is on its way."""
     look.page_header("Runs", "Every stage of the pipeline, in order, with what it is doing now.")
-    run = run_picker()
     if run is None:
         look.nothing_yet("There is no run yet.", look.HOW_TO_RUN)
         return
@@ -55,7 +54,8 @@ def _headline(run: RunInfo, states: Sequence[StageState]) -> None:
     spent = sum(info.seconds for info in infos if not info.cached)
     saved = sum(info.computed_seconds for info in infos if info.cached)
     columns = st.columns(5)
-    columns[0].metric("Status", look.status_text(run.status))
+    colour = look.status_colour(run.status)
+    columns[0].metric("Status", f":{colour}[{look.status_text(run.status)}]")
     columns[1].metric("Finished", f"{run.num_finished} / {run.num_stages}")
     columns[2].metric("Reused", str(run.num_cached), help="Taken from an earlier run's results.")
     columns[3].metric("Time in stages", look.seconds_text(spent))
@@ -193,7 +193,7 @@ def _most_telling(states: Sequence[StageState]) -> str:
 
 
 def _facts(state: StageState, info: StageRunInfo) -> None:
-    facts = [look.status_text(state.status, state.cached), look.seconds_text(_seconds(info))]
+    facts = [look.status_badge(state.status, state.cached), look.seconds_text(_seconds(info))]
     if info.cached:
         facts.append(f"computed in run `{info.source_run_id}`")
     else:

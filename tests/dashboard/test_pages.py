@@ -22,7 +22,9 @@ PAGES = ("runs", "metrics", "funnel", "evaluation", "lineage", "registry")
 
 def open_page(name: str, **link: str) -> AppTest:
     test = AppTest.from_string(
-        f"from dashboard.views import {name}\n{name}.page()", default_timeout=60
+        "from dashboard.selection import run_picker\n"
+        f"from dashboard.views import {name}\n{name}.page(run_picker())",
+        default_timeout=60,
     )
     test.query_params.update(link)
     test.run()
@@ -78,7 +80,7 @@ def test_board_opens_on_the_newest_run(seeded: Seeded) -> None:
 def test_runs_show_status_failure_and_log(seeded: Seeded) -> None:
     test = open_page("runs", run=seeded.failed)
     text = text_of(test)
-    assert "Status 🔴 failed" in text
+    assert "Status :red[✗ failed]" in text
     # The failed stage is what one wants to see first.
     assert test.selectbox(key="stage picker").value == FAILED
     assert test.error[0].value == "ValueError: no such luck"
