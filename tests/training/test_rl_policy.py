@@ -58,7 +58,9 @@ def make_groups(processor: SailVLProcessor, seed: int = 0) -> list[list[Response
 
 def gradient(policy: Policy, responses: list[Response]) -> torch.Tensor:
     policy.model.zero_grad(set_to_none=True)
-    batch = MiniBatch(responses, policy)
+    batch = MiniBatch(responses, policy.recipe)
+    policy.remember(batch)
+    assert batch.old_logprobs is not None
     # Ratios of 1.35, as after a few updates: terms with a positive advantage are clipped.
     batch.old_logprobs = [old - 0.3 for old in batch.old_logprobs]
     policy.accumulate(batch, UpdateStats())

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from curation.policy import as_prompt, is_reasoning, rewrite_options
+from curation.world.sources import prompt_pool
 from training.rl.api_judge import ApiJudge
 from training.rl.judges import RoutingJudge
 from training.rl.rewards import (
@@ -22,6 +25,7 @@ from training.rl.rewards import (
     ThinkVerdict,
     score,
 )
+from training.rl.rollouts import to_prompt
 
 VERIFIABLE = RewardScheme()
 MIXED = RewardScheme(0.6, 0.3, 0.1)
@@ -132,6 +136,20 @@ def test_prompts_that_nothing_can_score_are_refused_before_training() -> None:
     ]:
         with pytest.raises(RewardError, match=word):
             RULES.check_prompt("a", meta, scheme)
+
+
+def test_the_small_world_can_be_solved() -> None:
+    """Its own chains and answers earn everything there is, under every scheme."""
+    thinking = 0
+    for sample in prompt_pool(60, np.random.default_rng(0), 28):
+        asked = as_prompt(rewrite_options(sample) or sample, think=is_reasoning(sample))
+        item, answer = to_prompt(asked), asked.meta["answer"]
+        target = f"<think>{asked.meta['chain']}</think>\n\\boxed{{{answer}}}"
+        thinking += item.think
+        for scheme in (VERIFIABLE, MIXED, CASCADE):
+            terms = score(item, target if item.think else str(answer), True, scheme, RULES)
+            assert scheme.combine(terms) == pytest.approx(1.0), (item.question, terms)
+    assert 10 < thinking < 50
 
 
 class _Endpoint(BaseHTTPRequestHandler):

@@ -157,13 +157,13 @@ print("done", flush=True)
 def test_sigkill_at_any_step_changes_nothing(
     tmp_path: Path, checkpoint: Path, prompts: Path
 ) -> None:
-    """A real process, killed with SIGKILL after its first, third and fifth step."""
+    """A real process, killed with SIGKILL before and after its first checkpoint."""
     stage = "post_training.verifiable_rl"
     whole = context(tmp_path / "whole", stage, checkpoint, prompts)
     run_verifiable(whole)
     folder = tmp_path / "killed"
     arguments = [sys.executable, "-c", SCRIPT, str(folder), str(checkpoint), str(prompts)]
-    for last in ("step 0", "step 2", "step 4", "done"):
+    for last in ("step 0", "step 3", "done"):
         process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ)
         assert process.stdout is not None
         for line in process.stdout:
