@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sailyard.artifacts.artifacts import (
     Artifact,
@@ -22,8 +23,10 @@ from sailyard.artifacts.objects import (
     StoreUnavailable,
     canonical_json,
 )
-from sailyard.artifacts.s3 import S3Store
 from sailyard.settings import Settings
+
+if TYPE_CHECKING:
+    from sailyard.artifacts.s3 import S3Store
 
 __all__ = [
     "Artifact",
@@ -46,9 +49,20 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    """S3Store, imported when asked for: the S3 client costs every stage's start on local disks."""
+    if name == "S3Store":
+        from sailyard.artifacts.s3 import S3Store
+
+        return S3Store
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def open_store(settings: Settings) -> ObjectStore:
     """The object store that the settings name; nothing is contacted yet."""
     if settings.store.startswith("s3://"):
+        from sailyard.artifacts.s3 import S3Store
+
         return S3Store(settings)
     return LocalStore(Path(settings.store.removeprefix("file://")))
 

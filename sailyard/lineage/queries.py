@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from sailyard.lineage.database import Database
-from sailyard.lineage.schema import Artifact, Event, Metric, Run, StageInput, StageOutput, StageRun
+from sailyard.lineage.schema import (
+    Artifact,
+    Event,
+    Metric,
+    Run,
+    StageInput,
+    StageOutput,
+    StageRun,
+    utc_now,
+)
+
+BETWEEN_STAGES = timedelta(minutes=2)
+"""A run of which no stage runs is still under way for so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +33,7 @@ class RunInfo:
     id: str
     recipe_name: str
     status: str
-    """created | running | finished | failed | stopped (stopped, lost or between two stages)"""
+    """created | running | finished | failed | stopped (on request, or for want of a sign)"""
     created_at: datetime
     updated_at: datetime
     num_stages: int
@@ -304,8 +316,13 @@ def _run_info(
         status = "failed"
     elif finished >= run.num_stages:
         status = "finished"
+    elif not by_status:
+        status = "created"
     else:
-        status = "stopped" if by_status else "created"
+        # Between two stages nothing runs for a moment.
+        halted = by_status.get("stopped") or by_status.get("lost")
+        quiet = updated_at is None or utc_now() - updated_at > BETWEEN_STAGES
+        status = "stopped" if halted or quiet else "running"
     return RunInfo(
         id=run.id,
         recipe_name=run.recipe_name,

@@ -29,8 +29,11 @@ from sailyard.lineage.schema import (
 HEARTBEAT_SECONDS = 5.0
 """How often a live stage touches its row."""
 
-LOST_AFTER = timedelta(seconds=90)
-"""A running stage that was silent for so long is taken for killed."""
+LOST_AFTER = timedelta(minutes=2)
+"""A running stage of another machine that was silent for so long is taken for killed."""
+
+LOST_AFTER_HERE = timedelta(minutes=30)
+"""On this machine its process is looked for instead; a process id may be reused, though."""
 
 _ERROR_CHARS = 20_000
 
@@ -154,12 +157,18 @@ def beat(
     with database.write() as session:
         if rows:
             _upsert(session, Metric, rows, ["value", "at"])
-        values: dict[str, Any] = {"heartbeat_at": utc_now()}
+        # Silent for a while and taken for lost, it is running after all.
+        values: dict[str, Any] = {"heartbeat_at": utc_now(), "status": "running"}
         if progress is not None:
             done, total, note = progress
             values |= {"progress_done": done, "progress_total": total}
             values["progress_note"] = _text(note, 200)
-        session.execute(update(StageRun).where(StageRun.id == stage_run_id).values(values))
+        own = (
+            StageRun.id == stage_run_id,
+            StageRun.host == socket.gethostname(),
+            StageRun.pid == os.getpid(),
+        )
+        session.execute(update(StageRun).where(*own).values(values))
 
 
 def finish_stage(
@@ -175,7 +184,11 @@ def finish_stage(
     """Enter how the stage ended: finished, failed or stopped."""
     outputs = outputs or {}
     with database.write() as session:
-        row = session.get_one(StageRun, stage_run_id)
+        row = session.get_one(StageRun, stage_run_id, with_for_update=True)
+        if (row.host, row.pid) != (socket.gethostname(), os.getpid()):
+            # Taken for lost and started again elsewhere: the row is the other attempt's now.
+            add_event_to(session, "stage superseded", row.run_id, row.stage, {"as": status})
+            return
         row.status, row.error = status, _text(error, _ERROR_CHARS)
         row.seconds = row.computed_seconds = seconds
         row.finished_at = row.heartbeat_at = utc_now()
@@ -270,10 +283,11 @@ def add_event_to(
 
 
 def _is_gone(row: StageRun) -> bool:
-    if utc_now() - row.heartbeat_at > LOST_AFTER:
-        return True
+    silent = utc_now() - row.heartbeat_at
     if row.host != socket.gethostname():
-        return False
+        return silent > LOST_AFTER
+    if silent > LOST_AFTER_HERE:
+        return True
     try:
         os.kill(row.pid, 0)
     except ProcessLookupError:

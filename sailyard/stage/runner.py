@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import os
 import shutil
 import signal
 import threading
@@ -245,6 +246,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.requested = threading.Event()
+        self._owner = os.getpid()
         self._context: StageContext | None = None
 
     @contextmanager
@@ -258,8 +260,13 @@ class _Stop:
         finally:
             self._context = None
 
-    def handle(self, _signal: int, _frame: FrameType | None) -> None:
+    def handle(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler, in the main thread."""
+        if os.getpid() != self._owner:
+            # A worker the entry forked has this handler, too, and must end when told to.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         first = not self.requested.is_set()
         self.requested.set()
         context = self._context

@@ -55,7 +55,7 @@ def run_id() -> str:
 def test_status_lists_runs_and_stages(run_id: str) -> None:
     runs = call_json("status")
     assert [(run["id"], run["num_finished"], run["status"]) for run in runs] == [
-        (run_id, 2, "stopped")
+        (run_id, 2, "running")
     ]
     assert run_id in call("status").replace("\n", "")
     stages = call_json("status", run_id)

@@ -237,6 +237,31 @@ def test_a_stage_silent_for_long_is_lost_wherever_it_ran(database: Database) -> 
     assert records.mark_lost(database) == [("run-1", "a.one")]
 
 
+def test_a_sign_of_life_brings_a_lost_stage_back_but_not_from_an_older_attempt(
+    database: Database,
+) -> None:
+    add_run(database, "run-1")
+    row = records.start_stage(database, "run-1", "a.one", "k", {}, resumes=False)
+
+    def set_owner(pid: int, status: str) -> None:
+        with database.write() as session:
+            stage = session.get_one(StageRun, row)
+            stage.pid, stage.status = pid, status
+
+    set_owner(os.getpid(), "lost")
+    records.beat(database, row)
+    found = queries.stage_run(database, "run-1", "a.one")
+    assert found is not None
+    assert found.status == "running"
+    set_owner(os.getpid() + 1, "failed")  # another attempt took the row over
+    records.beat(database, row)
+    records.finish_stage(database, row, "finished", seconds=1.0, summary={})
+    found = queries.stage_run(database, "run-1", "a.one")
+    assert found is not None
+    assert found.status == "failed"
+    assert queries.events(database, "run-1")[0].kind == "stage superseded"
+
+
 def test_batches_are_quick(database: Database) -> None:
     add_run(database, "run-1")
     row = records.start_stage(database, "run-1", "a.one", "k", {}, resumes=False)
