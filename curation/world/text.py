@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from curation.world.captions import (
+    PROMPTS,
+    VIDEO_PROMPTS,
     caption_digits,
     caption_motion,
     caption_photo,
@@ -19,7 +21,7 @@ from curation.world.captions import (
 )
 from curation.world.chart_text import caption_chart
 from curation.world.digits import sample_digits
-from curation.world.items import questions_of
+from curation.world.items import caption_of, questions_of, sample_subject
 from curation.world.motion import sample_motion
 from curation.world.photos import sample_photo
 from curation.world.plots import sample_chart
@@ -33,6 +35,7 @@ from curation.world.scene import (
     pick_weighted,
     sample_scene,
 )
+from curation.world.shorthand import shorthand
 from curation.world.tables import load_tables
 from curation.world.words import LEXICON, sample_word
 from model.chat import THINKING_SUFFIX
@@ -65,21 +68,35 @@ def scene_turns(rng: np.random.Generator) -> list[Turn]:
     return _asked(words, qas)
 
 
+def shorthand_turns(rng: np.random.Generator) -> list[Turn]:
+    """A picture or clip written in shorthand, asked about and described as pictures are."""
+    source = pick_weighted(rng, SHORTHAND_SHARES)
+    subject = sample_subject(source, rng)
+    line = shorthand(subject)
+    if rng.random() < 0.25:
+        prompt = pick(rng, VIDEO_PROMPTS if source == "video" else PROMPTS)
+        return [(line + prompt, caption_of(subject, rng))]
+    (first, answer), *rest = [
+        (qa.question, qa.answer) for qa in questions_of(subject, rng, 4 + int(rng.random() * 4))
+    ]
+    return [(line + first, answer), *rest]
+
+
 def thinking_turns(rng: np.random.Generator) -> list[Turn]:
-    """A described scene, or two digits, with the thinking suffix and a guided chain."""
+    """A scene or two digits in shorthand, with the thinking suffix and a guided chain."""
     if rng.random() < 0.35:
         item = sample_digits(rng, 2)
-        words, qas = f"Scene: {caption_digits(item)}.", questions_of(item, rng, 5)
+        words, qas = shorthand(item), questions_of(item, rng, 5)
     else:
         scene = sample_scene(rng)
-        words = f"Scene: {caption_scene(scene, rng)}."
+        words = shorthand(scene)
         qas = [
             qa
             for name in ("count", "existence", "relation")
             if (qa := SCENE_ASKERS[name](scene, rng)) is not None
         ]
     qa = pick(rng, [qa for qa in qas if qa.chain])
-    return [(f"{words}\n{qa.question}\n{THINKING_SUFFIX}", qa.thinking())]
+    return [(f"{words}{qa.question}\n{THINKING_SUFFIX}", qa.thinking())]
 
 
 def other_turns(rng: np.random.Generator) -> list[Turn]:
@@ -164,7 +181,18 @@ def table_turns(rng: np.random.Generator) -> list[Turn]:
     return turns
 
 
+# As in the reference set: what is hard to tell apart comes more often.
+SHORTHAND_SHARES = {
+    "microworld": 0.6,
+    "digits": 0.12,
+    "words": 0.06,
+    "charts": 0.1,
+    "photos": 0.02,
+    "video": 0.1,
+}
+
 MAKERS: dict[str, Callable[[np.random.Generator], list[Turn]]] = {
+    "shorthand": shorthand_turns,
     "scene": scene_turns,
     "thinking": thinking_turns,
     "other": other_turns,
@@ -173,15 +201,16 @@ MAKERS: dict[str, Callable[[np.random.Generator], list[Turn]]] = {
     "place": place_turns,
     "table": table_turns,
 }
-# Shares of the corpus, our choice: described scenes carry most skills.
+# Shares of the corpus, our choice: pictures in shorthand carry every skill.
 MAKER_SHARES = {
-    "scene": 0.42,
-    "thinking": 0.16,
-    "other": 0.18,
-    "arithmetic": 0.09,
-    "spelling": 0.07,
-    "place": 0.05,
-    "table": 0.03,
+    "shorthand": 0.58,
+    "scene": 0.08,
+    "thinking": 0.14,
+    "other": 0.06,
+    "arithmetic": 0.05,
+    "spelling": 0.04,
+    "place": 0.03,
+    "table": 0.02,
 }
 
 
