@@ -154,18 +154,17 @@ def test_calibration_raises_entropy_and_moves_routers_alone():
         segments = (torch.arange(32) // 12 + 1).repeat(2, 1)
         segments[:, 30:] = 0
         batches.append((ids, segments))
-    calibrator = ExpertCalibrator(decoder, lr=0.05)
+    calibrator = ExpertCalibrator(decoder, lr=0.01)
     names = {id(p): n for n, p in decoder.named_parameters()}
     frozen = {n: p.clone() for n, p in decoder.named_parameters() if "mlp.gate." not in n}
     before = calibrator.measure(batches)
-    for _ in range(3):
-        for batch in batches:
-            step = calibrator.step(*batch)
+    steps = [calibrator.step(*batch) for _ in range(4) for batch in batches]
     after = calibrator.measure(batches)
     assert after.health.summary()["router_entropy"] > (
         1.2 * before.health.summary()["router_entropy"]
     )
-    assert step.balance < 1.2
+    assert steps[-1].balance < steps[0].balance
+    assert after.token_loss < before.token_loss + 0.1
     assert all(torch.equal(dict(decoder.named_parameters())[n], p) for n, p in frozen.items())
     assert {names[id(p)] for p in calibrator.parameters} == {
         f"model.layers.{i}.mlp.gate.weight" for i in range(2)
