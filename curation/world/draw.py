@@ -1,14 +1,15 @@
 """Rendering: scenes, printed words, handwritten digits. Everything ends as a small PNG.
 
-Shapes are drawn at twice the size and reduced, which is the cheapest smooth edge; PNGs use
-compression level 1, because at 84 pixels encoding costs more than drawing.
+Shapes are drawn at twice the size and reduced, which is the cheapest smooth edge; PNGs have a
+writer of their own, because at 84 pixels encoding costs more than drawing.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import math
+import struct
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from curation.world.scene import COLOURS, Scene, Thing
 
 OVERSAMPLE = 2
 NUM_GRAINS = 16
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def package_file(package: str, name: str) -> Path:
@@ -35,11 +37,26 @@ def package_file(package: str, name: str) -> Path:
     return Path(spec.origin).parent / name
 
 
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def encode(image: Image.Image) -> bytes:
-    """PNG bytes, equal for equal pixels."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    """PNG bytes of an RGB image, equal for equal pixels.
+
+    Every row is filtered "up" and deflated at level 1: half the time of Pillow's encoder, which
+    tries all filters, and at most a few percent larger.
+    """
+    pixels = np.asarray(image)
+    height, width, _ = pixels.shape
+    flat = pixels.reshape(height, 3 * width)
+    rows = np.empty((height, 1 + 3 * width), dtype=np.uint8)
+    rows[:, 0] = 2  # the filter's number, before each row
+    rows[0, 1:] = flat[0]
+    np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(rows.tobytes(), 1)
+    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
 
 
 @lru_cache(maxsize=256)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from curation.world.build import heldout_samples, reference_samples
 from curation.world.digits import sample_digits
+from curation.world.draw import encode
 from curation.world.items import SOURCES, ask_skill, render, sample_subject
 from curation.world.motion import DIRECTIONS, sample_motion
 from curation.world.plots import sample_chart
@@ -99,6 +100,15 @@ def test_every_source_renders_at_the_asked_size(source: str, size: int) -> None:
     item = render(sample_subject(source, np.random.default_rng(6)), size)
     assert all(Image.open(io.BytesIO(data)).size == (size, size) for data in item.images)
     assert (len(item.images) > 1) == (source == "video")
+
+
+def test_png_writer_keeps_every_pixel() -> None:
+    rng = np.random.default_rng(15)
+    for shape in ((84, 84, 3), (3, 5, 3), (1, 1, 3)):
+        image = rng.integers(0, 256, shape, dtype=np.uint8)
+        data = encode(Image.fromarray(image))
+        assert (pixels(data) == image).all()
+        assert data == encode(Image.fromarray(image))
 
 
 def test_moving_objects_move_the_stated_way_in_visible_steps() -> None:
