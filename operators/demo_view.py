@@ -79,9 +79,9 @@ class StageView:
         for row in rows:
             if row.state != self._states.get(row.name, WAITING) and row.state in (RUNNING, *ENDED):
                 num_ended = sum(row.state in ENDED for row in rows)
-                seconds = "" if row.state == RUNNING else f" {_seconds(row)}"
+                seconds = "" if row.state == RUNNING else _seconds(row)
                 self._console.print(
-                    f"[{num_ended:>2}/{len(rows)}] {row.name}: {row.state}{seconds}",
+                    f"[{num_ended:>2}/{len(rows)}] {row.name}: {row.state} {seconds}".rstrip(),
                     markup=False,
                     highlight=False,
                 )

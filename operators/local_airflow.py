@@ -46,6 +46,7 @@ def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, s
         # Components wait for each other's writes instead of failing on a locked database.
         "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow/airflow.db?timeout=60",
         "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        "DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "120",
         "DAG_PROCESSOR__DAG_FILE_PROCESSOR_TIMEOUT": "180",
         # Training keeps every core busy; a late answer or heartbeat is no reason to give up.
         "WORKERS__EXECUTION_API_TIMEOUT": "60",
