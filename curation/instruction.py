@@ -31,7 +31,7 @@ import torch
 from curation import probe
 from curation.buckets import draw_evenly, evenness, kmeans
 from model.checkpoint import load_model
-from model.generation import generate
+from model.generation import Prompt, generate
 from sailyard.media import decode_image
 from sailyard.samples import Sample, SampleReader, write_samples
 
@@ -194,7 +194,7 @@ def describe(
             else "<image>\n" * len(sample.images) + "Describe the image."
         )
         images = [decode_image(data) for data in sample.images]
-        conversations.append(([{"role": "user", "content": prompt}], images, sample.is_video))
+        conversations.append(Prompt([{"role": "user", "content": prompt}], images, sample.is_video))
     completions = generate(
         model,
         processor,

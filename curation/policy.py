@@ -12,7 +12,7 @@ import numpy as np
 
 from evaluation.answers import REASONING_SKILLS, boxed_contents, is_correct, parse_number
 from model.chat import THINKING_SUFFIX, with_thinking
-from model.generation import Completion, generate
+from model.generation import Completion, Prompt, generate
 from sailyard.media import decode_image
 from sailyard.samples import Sample, SampleReader
 
@@ -115,7 +115,7 @@ def ask(
 ) -> list[tuple[list[Completion], list[bool]]]:
     """`samples_per_prompt` replies to each prompt and whether they are right."""
     conversations = [
-        (prompt.messages, [decode_image(data) for data in prompt.images], prompt.is_video)
+        Prompt(prompt.messages, [decode_image(data) for data in prompt.images], prompt.is_video)
         for prompt in prompts
     ]
     replies = generate(

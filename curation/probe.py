@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -130,9 +130,9 @@ def contradictions(
         first = row.labels[0, columns - 1] == IGNORE
         probability, guess = out.logits[first].float().softmax(dim=-1).max(dim=-1)
         wrong = (guess != row.labels[0, columns[first]]) & (probability > SURE)
-        segments = segments[first].numpy()
-        np.add.at(answers, np.array(positions)[segments], 1)
-        np.add.at(against, np.array(positions)[segments[wrong.numpy()]], 1)
+        owners = np.array(positions)[segments[first].numpy()]
+        np.add.at(answers, owners, 1)
+        np.add.at(against, owners[wrong.numpy()], 1)
     return against, answers
 
 
@@ -171,7 +171,8 @@ def embed_phrases(
     ids = [
         np.array(processor.encode_text(phrase) or [processor.pad_token_id]) for phrase in phrases
     ]
-    table = np.zeros((len(phrases), model.config.text_config.hidden_size), dtype=np.float32)
+    width = cast("torch.nn.Embedding", model.get_input_embeddings()).embedding_dim
+    table = np.zeros((len(phrases), width), dtype=np.float32)
     for positions in rows_of([len(item) for item in ids], PHRASE_TOKENS):
         lengths = [len(ids[p]) for p in positions]
         row = torch.from_numpy(np.concatenate([ids[p] for p in positions]))[None]

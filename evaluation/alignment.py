@@ -19,7 +19,7 @@ of nearest neighbour and whether the adapter is included (spec A25). Our choices
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ def visual_tokens(
 
 def text_rows(model: SailVLForConditionalGeneration, num_rows: int, seed: int) -> Array:
     """`num_rows` rows [R, D] of the LM's input embedding table, drawn without replacement."""
-    table = model.get_input_embeddings().weight.detach()
+    table = cast("torch.nn.Embedding", model.get_input_embeddings()).weight
     generator = np.random.default_rng([seed, 1])
     chosen = np.sort(generator.permutation(len(table))[:num_rows])
     return _numpy(table[torch.from_numpy(chosen)])
@@ -167,7 +167,7 @@ def alignment_distances(
     vit, adapted, counts = visual_tokens(model, processor, images)
     text = text_rows(model, num_text_rows, seed)
     rng = np.random.default_rng([seed, 2])
-    five = np.sort(rng.permutation(len(images))[:PAPER_IMAGES])
+    five = np.sort(rng.permutation(len(images))[:PAPER_IMAGES]).tolist()
     few_adapted = _of_images(adapted, counts, five)
     vit_counts = [count * len(vit) // len(adapted) for count in counts]
     few_vit = _of_images(vit, vit_counts, five)
@@ -191,10 +191,10 @@ def alignment_distances(
     return distances
 
 
-def _of_images(rows: Array, counts: Sequence[int], chosen: Sequence[int] | Array) -> Array:
+def _of_images(rows: Array, counts: Sequence[int], chosen: Sequence[int]) -> Array:
     """The rows that belong to the chosen images, given how many rows each image has."""
     starts = np.concatenate([[0], np.cumsum(counts)])
-    return np.concatenate([rows[starts[int(i)] : starts[int(i) + 1]] for i in chosen])
+    return np.concatenate([rows[starts[i] : starts[i + 1]] for i in chosen])
 
 
 def _sample(rows: Array, limit: int, rng: np.random.Generator) -> Array:
@@ -202,7 +202,7 @@ def _sample(rows: Array, limit: int, rng: np.random.Generator) -> Array:
 
 
 def _numpy(tensor: torch.Tensor) -> Array:
-    return tensor.float().cpu().numpy().astype(np.float64)
+    return tensor.detach().float().cpu().numpy().astype(np.float64)
 
 
 def _tiles(processor: SailVLProcessor, image: Image.Image) -> torch.Tensor:

@@ -29,7 +29,7 @@ from evaluation.baselines import majority_per_skill
 from evaluation.paper_tables import for_report
 from model.chat import render, with_thinking
 from model.checkpoint import load_model
-from model.generation import Completion, generate
+from model.generation import Completion, Prompt, generate
 from sailyard.media import decode_image, encode_png
 from sailyard.samples import SKILLS, Sample, read_samples
 
@@ -178,7 +178,7 @@ def ask(
 ) -> ModeResult:
     """Greedy answers to all questions in one mode, scored by each question's rule."""
     # Sorted by skill, prompts of a batch are of similar length and so are their replies.
-    conversations = [(q.asked(mode), q.images, q.is_video) for q in questions]
+    conversations = [Prompt(q.asked(mode), q.images, q.is_video) for q in questions]
     completions = generate(
         model,
         processor,
@@ -261,7 +261,7 @@ def examples(
 ) -> list[tuple[Question, dict[str, Any]]]:
     """A few questions per skill with every checkpoint's replies, for the board."""
     shown: dict[str, int] = defaultdict(int)
-    chosen = []
+    chosen: list[tuple[Question, dict[str, Any]]] = []
     for question in questions:
         shown[question.skill] += 1
         if shown[question.skill] > EXAMPLES_PER_SKILL:
