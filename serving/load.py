@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from model.checkpoint import load_model
-from model.tokenizer import CONTROL_TOKENS
 from sailyard.yard import Yard
 from serving.engine import Engine
 from serving.settings import ServingSettings
@@ -27,18 +26,16 @@ def load_served(wanted: Wanted, settings: ServingSettings) -> Served:
     loaded, processor = load_model(directory, getattr(torch, settings.dtype))
     model: Any = loaded.requires_grad_(False)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    ends = frozenset({processor.end_token_id, processor.pad_token_id})
-    vocabulary = processor.tokenizer.get_vocab()
-    unnamed = set(range(model.config.text_config.vocab_size)) - set(vocabulary.values())
+    text = model.config.text_config
     engine = Engine(
         model,
         processor.decode,
-        ends,
-        never={*(vocabulary[token] for token in CONTROL_TOKENS), *unnamed} - ends,
+        frozenset({processor.end_token_id}),
+        never=processor.never_generated(text.vocab_size).tolist(),
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
     )
-    context = int(model.config.text_config.max_position_embeddings)
+    context = int(text.max_position_embeddings)
     return Served(wanted.name, wanted.digest, engine, processor, context, time.time())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +14,9 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
+from model.checkpoint import load_model
+from model.generation import generate
+from serving.thinking import split
 from tests.serving.conftest import BLUE, CONTEXT, RED, data_url
 
 THINK = {"chat_template_kwargs": {"enable_thinking": True}}
@@ -134,6 +138,24 @@ def test_neighbours_do_not_change_a_reply(client: OpenAI) -> None:
         replies = pool.map(lambda each: ask(client, each[0], extra_body=each[1]), questions)
         got = [reply.choices[0].message.content for reply in replies]
     assert got == [answer for _, _, answer in questions]
+
+
+def test_replies_are_those_of_the_evaluation(client: OpenAI, checkpoints: dict[str, Path]) -> None:
+    """The endpoint and `model.generation` answer alike, also to what was never learned."""
+    model, processor = load_model(checkpoints["first"])
+    asked = [("5 7 12", []), ("hello, red?", []), ("Which colour?", [BLUE]), ("count blue", [RED])]
+    prompts = [
+        ([{"role": "user", "content": "<image>\n" * len(images) + text}], images)
+        for text, images in asked
+    ]
+    expected = [done.text for (done,) in generate(model, processor, prompts, max_new_tokens=24)]
+    got = [
+        ask(client, [*map(image_part, images), text_part(text)], max_tokens=24)
+        for text, images in asked
+    ]
+    assert [reply.choices[0].message.content for reply in got] == [
+        split(text).content for text in expected
+    ]
 
 
 def test_history_and_system_turn_are_read(client: OpenAI) -> None:

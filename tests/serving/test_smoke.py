@@ -49,8 +49,7 @@ def heldout(directory: Path) -> Path:
 
 
 @pytest.fixture
-def yard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Yard:
-    monkeypatch.setenv("SAILYARD_HOME", str(tmp_path / "home"))
+def yard(isolated_home: Path, monkeypatch: pytest.MonkeyPatch) -> Yard:
     monkeypatch.setenv("SAILYARD_SERVE_THREADS", "1")
     return Yard()
 
