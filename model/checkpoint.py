@@ -117,7 +117,7 @@ def build_from_recipe(
     return build_model(
         vision if vision is not None else vision_config_of(section.vision),
         language if language is not None else language_config_of(section.language, tokenizer),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMG_CONTEXT),
+        image_token_id=tokenizer.get_vocab()[IMG_CONTEXT],
         downsample=section.downsample,
         router_global_balance=moe is None or moe.global_balance,
         seed=seed,

@@ -52,8 +52,8 @@ class SailVLConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a SailViTConfig once built
+    text_config: Any = None  # a Qwen3Config or Qwen3MoeConfig once built
     downsample: int = 2
     image_token_id: int = 151671
     router_global_balance: bool = True

@@ -8,9 +8,10 @@ rows the arithmetic is what is left. A test holds it equal to a full forward.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 
@@ -98,7 +99,7 @@ class Decoder:
 
     def _attend(
         self,
-        attention: nn.Module,
+        attention: Any,
         index: int,
         normed: torch.Tensor,
         cos: torch.Tensor,
@@ -125,7 +126,7 @@ class Decoder:
         return projected
 
 
-def _norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
@@ -134,7 +135,7 @@ def _rotate(x_BHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return x_BHd * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def _feed_forward(mlp: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+def _feed_forward(mlp: Any, normed: torch.Tensor) -> torch.Tensor:
     if hasattr(mlp, "experts"):  # takes [B, T, D]
         out: torch.Tensor = mlp(normed[:, None])[:, 0]
     else:

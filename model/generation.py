@@ -169,7 +169,7 @@ class _Sampler:
     ) -> None:
         self.processor = processor
         self.temperature = temperature
-        device = model.mlp1[1].weight.device
+        device = model.device
         input_ids, mask, pixels = _left_pad(batch, processor.pad_token_id)
         room = model.config.text_config.max_position_embeddings - input_ids.shape[1]
         if room < 1:

@@ -97,7 +97,9 @@ def language_forward(
         segments = segments_of(attention_mask)
         position_ids = block_positions(segments) if position_ids is None else position_ids
     extra: dict[str, Any] = {"output_router_logits": True} if wants_router else {}
-    if segments is not None and not use_cache:
+    if use_cache and segments is not None and int(segments.max()) > 1:
+        raise ValueError("a cache cannot hold packed rows; generate from one sample per row")
+    if attention_mask is not None and segments is not None and not use_cache:
         attention_mask = _for_backend(segments, attention_mask, config, inputs_embeds, extra)
     decoded = language_model.model(
         inputs_embeds=inputs_embeds,
@@ -242,14 +244,14 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if pixel_values is None or num_tiles == 0:
             return embeds + self._untouched_vision(embeds) if self.training else embeds
-        visual = self.encode_images(pixel_values.to(self.mlp1[1].weight.dtype))
+        visual = self.encode_images(pixel_values.to(self.dtype))
         flat = embeds.reshape(-1, embeds.shape[-1])
         flat = flat.index_copy(0, slots, visual.reshape(-1, visual.shape[-1]).to(flat.dtype))
         return flat.view_as(embeds)
 
     def _untouched_vision(self, like: torch.Tensor) -> torch.Tensor:
         size = self.config.vision_config.image_size
-        blank = like.new_zeros(1, 3, size, size, dtype=self.mlp1[1].weight.dtype)
+        blank = like.new_zeros(1, 3, size, size, dtype=self.dtype)
         return self.encode_images(blank).sum().to(like.dtype) * 0.0
 
     def forward(

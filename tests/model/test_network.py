@@ -208,6 +208,12 @@ def test_packed_rows_need_a_backend_that_separates_them():
         model(ids, tiles, attention_mask=segments)
 
 
+def test_a_cache_refuses_packed_rows():
+    ids, segments, _, tiles = pack(samples(), 160)
+    with pytest.raises(ValueError, match="one sample per row"):
+        network()(ids, tiles, attention_mask=segments, use_cache=True)
+
+
 def test_freezing_and_digests_prove_what_was_trained():
     model = network().train()
     before = part_digests(model)
