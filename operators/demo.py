@@ -52,6 +52,9 @@ class DemoFailed(RuntimeError):
     """The demo did not reach its end; the message says why."""
 
 
+FAILURES = (AirflowError, AirflowStartError, DemoFailed, ServiceDied, httpx.HTTPError)
+
+
 class Demo:
     """One demo: Airflow, a run of the DAG, the board, the endpoint."""
 
@@ -67,25 +70,27 @@ class Demo:
         self._board_port = board_port
         self._yard = Yard()
         self._run = ""
-        self.is_up = False
-        """Whether all of it was done and only waits for Ctrl-C."""
+        self.can_stay = False
+        """Whether Airflow and the board run, so that there is something to look at."""
 
     def run(self) -> None:
-        """All of it, until it is done or, without --exit, until Ctrl-C.
+        """All of it, once.
 
         Raises:
             DemoFailed, ServiceDied, AirflowStartError, AirflowError: What went wrong.
         """
         self._start_airflow()
+        self.can_stay = True
         self._run_pipeline()
         self._start_endpoint()
         self._print_results()
-        if not self._options.exit:
-            self.is_up = True
-            self._console.print("\nEverything stays up until Ctrl-C.")
-            while True:
-                self._services.check()
-                time.sleep(POLL_S)
+
+    def stay_up(self) -> None:
+        """Wait for Ctrl-C. ServiceDied when a service ends before."""
+        self._console.print("\nEverything stays up until Ctrl-C.")
+        while True:
+            self._services.check()
+            time.sleep(POLL_S)
 
     def stop(self) -> None:
         """End every process of the demo."""
@@ -228,7 +233,7 @@ AIRFLOW_STATES = {
     "success": demo_view.DONE,
     "skipped": demo_view.SKIPPED,
     "failed": demo_view.FAILED,
-    "upstream_failed": demo_view.FAILED,
+    "upstream_failed": demo_view.NOT_REACHED,
     "running": demo_view.RUNNING,
 }
 
@@ -294,28 +299,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     try:
         with only_demo(get_settings().home):
-            return _run(Demo(options, get_settings().home, console), console, errors)
+            demo = Demo(options, get_settings().home, console)
+            return _run(demo, not options.exit, console, errors)
     except DemoFailed as error:
         errors.print(str(error), markup=False)
         return 1
 
 
-def _run(demo: Demo, console: Console, errors: Console) -> int:
+def _run(demo: Demo, stay: bool, console: Console, errors: Console) -> int:
+    status = 130
     try:
-        demo.run()
-        return 0
+        try:
+            demo.run()
+            status = 0
+        except FAILURES as error:
+            errors.print(f"\n{error}", markup=False)
+            status = 1
+        if stay and demo.can_stay:
+            demo.stay_up()
     except KeyboardInterrupt:
-        # Ctrl-C is how a demo that is up ends; before that it is an interruption.
-        return 0 if demo.is_up else 130
-    except (AirflowError, AirflowStartError, DemoFailed, ServiceDied, httpx.HTTPError) as error:
+        # Ctrl-C is how a demo that stays up ends; before that it is an interruption.
+        pass
+    except ServiceDied as error:
         errors.print(f"\n{error}", markup=False)
-        return 1
+        status = 1
     finally:
         # From here on nothing may stop the stopping.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         console.print("Stopping ...")
         demo.stop()
+    return status
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -18,8 +18,9 @@ DONE = "done"
 CACHED = "cached"
 SKIPPED = "not in this recipe"
 FAILED = "failed"
+NOT_REACHED = "not reached"
 
-ENDED = (DONE, CACHED, SKIPPED, FAILED)
+ENDED = (DONE, CACHED, SKIPPED, FAILED, NOT_REACHED)
 
 STYLES = {
     WAITING: "dim",
@@ -28,6 +29,7 @@ STYLES = {
     CACHED: "blue",
     SKIPPED: "dim",
     FAILED: "bold red",
+    NOT_REACHED: "dim",
 }
 
 
