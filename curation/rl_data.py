@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from curation.policy import Asked, ask_pool, is_reasoning, rate_histogram, shuffled
 from model.checkpoint import load_model
 from sailyard.samples import Sample, SampleReader, write_samples
@@ -44,7 +42,6 @@ def kept_prompt(asked: Asked) -> Sample:
 def run(ctx: StageContext) -> None:
     """The stage: a checkpoint and the pool in, RL prompts out."""
     recipe = ctx.section("curation.rl_data")
-    torch.set_num_threads(getattr(recipe, "threads", torch.get_num_threads()))
     model, processor = load_model(ctx.input("checkpoint"))
     pool = SampleReader(ctx.input("rl_pool"))
     fates: dict[str, Counter[str]] = defaultdict(Counter)

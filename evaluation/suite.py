@@ -27,6 +27,7 @@ from PIL import Image
 from evaluation.answers import REASONING_SKILLS, format_reward, is_correct
 from evaluation.baselines import majority_per_skill
 from evaluation.paper_tables import for_report
+from evaluation.routing import router_health
 from model.chat import render, with_thinking
 from model.checkpoint import load_model
 from model.generation import Completion, Prompt, generate
@@ -45,6 +46,7 @@ THINKERS = ("soup", "longcot_sft", "verifiable_rl", "think_fusion_sft", "mixed_r
 # A short answer is at most a box of about 30 tokens; a runaway reply is wrong anyway.
 DIRECT_TOKENS = 48
 EXAMPLES_PER_SKILL = 2
+ROUTED_PROMPTS = 96  # of an expert model, spread over all skills
 PLACEHOLDER = re.compile(r"(Frame-\d+: )?<image>\n")
 DIRECT, THINKING = "direct", "thinking"
 
@@ -112,7 +114,7 @@ class CheckpointResult:
 
     modes: dict[str, ModeResult]
     seconds: float
-    examples: list[dict[str, Any]] = field(default_factory=list)
+    router: dict[str, float] = field(default_factory=dict)  # expert models only
 
     def with_thinking(self) -> dict[str, float]:
         """Accuracy per skill when reasoning skills are asked to think and the rest are not."""
@@ -132,6 +134,7 @@ class CheckpointResult:
             "least_margin": min(direct.accuracy[skill] - baseline[skill] for skill in baseline),
             "modes": {mode: result.summary() for mode, result in self.modes.items()},
             "seconds": self.seconds,
+            **({"router": self.router} if self.router else {}),
         }
 
 
@@ -242,9 +245,12 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
+    sampled = questions[:: max(len(questions) // ROUTED_PROMPTS, 1)]
+    prompts = [Prompt(q.messages, q.images, q.is_video) for q in sampled]
+    router = router_health(model, processor, prompts)
     del model
     gc.collect()  # checkpoints are held one at a time, however many there are
-    return CheckpointResult(modes, time.monotonic() - started)
+    return CheckpointResult(modes, time.monotonic() - started, router)
 
 
 def prompt_hash(questions: Sequence[Question], system_message: str) -> str:

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from evaluation import suite
+from evaluation.routing import router_health
 from model.chat import THINKING_SUFFIX
-from model.generation import Completion
+from model.generation import Completion, Prompt
+from sailyard.media import decode_image
+from sailyard.recipe import load_recipe
 from sailyard.samples import SKILLS
 from sailyard.stage import local_context
-from tests.evaluation.tiny import heldout, micro_recipe, pool, save_tiny, write
+from tests.evaluation.tiny import heldout, micro_recipe, pool, save_tiny, tiny_model, write
 
 
 def answer(text: str, finished: bool = True) -> Completion:
@@ -79,3 +82,13 @@ def test_the_stage_scores_every_checkpoint(tmp_path: Path) -> None:
     assert {entry["skill"] for entry in shown} == set(SKILLS)
     assert all((ctx.output("report") / entry["image"]).is_file() for entry in shown)
     assert set(shown[0]["replies"]) == names
+
+
+def test_router_health_is_for_expert_models_only() -> None:
+    torch.set_num_threads(1)
+    prompts = [Prompt(s.messages[:1], [decode_image(s.images[0])]) for s in pool(2)]
+    assert router_health(*tiny_model(), prompts) == {}
+    experts = tiny_model(load_recipe("micro-moe"))
+    health = router_health(*experts, prompts)
+    assert 0.0 < health["router_entropy"] <= 1.0
+    assert health["router_load_max_over_mean"] >= 1.0
