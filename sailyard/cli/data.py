@@ -12,7 +12,6 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from sailyard.cli.output import console, print_json, print_table
-from sailyard.samples import Sample
 
 # Curation stands above this package, so its reader is named here and not imported.
 READER = "curation.ingest"
@@ -44,6 +43,8 @@ def ingest(
 
 
 def _count(items: Iterable[Any], path: Path, quiet: bool) -> dict[str, Any]:
+    from sailyard.samples import Sample  # brings pyarrow, which no other command needs
+
     tasks: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     examples: dict[str, list[dict[str, str]]] = {}

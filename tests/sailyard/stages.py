@@ -48,6 +48,8 @@ def train(ctx: StageContext) -> None:
         time.sleep(0.01)
         ctx.metric(state["step"], loss=1 / state["step"], first=int(state["hash"][0], 16))
         ctx.progress(state["step"], NUM_STEPS, "hashing")
+        if os.environ.get("STOP_AT") == str(state["step"]):
+            os.kill(os.getpid(), signal.SIGTERM)
         stop = ctx.stop_requested
         if state["step"] % SAVE_EVERY == 0 or stop:
             _save(ctx, state)
@@ -90,6 +92,12 @@ def linger(ctx: StageContext) -> None:
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     helpers = [subprocess.Popen(command, start_new_session=apart).pid for apart in (False, True)]
     print("helpers", json.dumps(helpers))
+    time.sleep(600)
+
+
+def wait_for_ever(ctx: StageContext) -> None:
+    """Is asked to stop while it waits."""
+    os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(600)
 
 
