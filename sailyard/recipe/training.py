@@ -85,8 +85,8 @@ class TrainRecipe(Optimization):
     """Optimizer steps between checkpoints. Our choice."""
 
     weights: dict[str, float] = Field({})
-    """Relative weight of each dataset input in the stream; inputs not named weigh 1. Our
-    choice."""
+    """Relative weight of each dataset input in the stream; inputs not named weigh as many as they
+    hold samples. Our choice."""
 
     loss_norm: Literal["token", "sample"] = "token"
     """Mean over labelled tokens, or mean over samples of their token sums as the equations of
