@@ -70,8 +70,8 @@ class NotReady(StageError):
 class Results:
     """The results one run can see.
 
-    A stage of the run is looked up in this order: the run's own finished result; else, unless
-    the run forces the stage, a finished result of any run under the same cache key.
+    A stage is looked up in this order: the run's own finished result; else, unless the run
+    forces the stage, a finished result of any run under the same cache key.
     """
 
     def __init__(
@@ -93,14 +93,22 @@ class Results:
         self._found: dict[str, StageResult] = {}
 
     def find(self, stage_name: str) -> StageResult | None:
-        """The finished result of a stage that this run can use, or None."""
+        """The finished result of a stage that this run can use, or None.
+
+        The run's own result counts only while its cache key still holds: new code, or an input
+        that was made again and came out different, asks for a new one.
+        """
         if stage_name in self._found:
             return self._found[stage_name]
-        stage = self._pipeline.stage(stage_name)
-        result = self._usable(read_result(self._store, run_key(self._run_id, stage_name)))
+        try:
+            key = self.key(self._pipeline.stage(stage_name))
+        except NotReady:
+            return None
+        result = self._own(stage_name)
+        if result is not None and result.cache_key != key:
+            result = None
         if result is None and stage_name not in self._forced:
-            key = self._key_if_ready(stage)
-            found = self._usable(read_result(self._store, global_key(key))) if key else None
+            found = self._usable(read_result(self._store, global_key(key)))
             # Who made it decides: a run that was killed just before it noted its own result
             # finds it here, and has not reused anything.
             result = found and _with(found, cached=found.run_id != self._run_id)
@@ -117,7 +125,8 @@ class Results:
         digests = {}
         for name, source in stage.inputs.items():
             producer, _, output = source.partition("/")
-            result = self.find(producer)
+            # Stages run in order, so a producer's own key was held against its inputs before.
+            result = self._found.get(producer) or self._own(producer) or self.find(producer)
             if result is None:
                 raise NotReady(
                     f"stage {stage.name!r} reads {source!r}, and {producer!r} has no finished "
@@ -134,11 +143,8 @@ class Results:
         """Look a stage up afresh the next time."""
         self._found.pop(stage_name, None)
 
-    def _key_if_ready(self, stage: Stage) -> str:
-        try:
-            return self.key(stage)
-        except NotReady:
-            return ""
+    def _own(self, stage_name: str) -> StageResult | None:
+        return self._usable(read_result(self._store, run_key(self._run_id, stage_name)))
 
     def _usable(self, result: StageResult | None) -> StageResult | None:
         """The result, if it is finished and its artifacts still exist."""

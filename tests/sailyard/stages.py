@@ -33,6 +33,12 @@ def draw(ctx: StageContext) -> None:
     ctx.summary(count=count)
 
 
+def draw_otherwise(ctx: StageContext) -> None:
+    """As ``draw``, but it comes out different: what a stage that is not deterministic does."""
+    (ctx.output("numbers") / "deep").mkdir()
+    (ctx.output("numbers") / "deep" / "numbers.txt").write_text("otherwise\n")
+
+
 def train(ctx: StageContext) -> None:
     """Hashes its input over and over, as a training loop does with weights."""
     state = {"step": 0, "hash": (ctx.input("numbers") / "deep" / "numbers.txt").read_text()}

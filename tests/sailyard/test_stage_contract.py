@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sailyard.lineage.schema import StageRun
 from sailyard.pipeline import Pipeline
 from sailyard.recipe import load_recipe
 from sailyard.runs import RunError, results_of, reuse, stage_result
-from sailyard.settings import Settings, get_settings
+from sailyard.settings import get_settings
 from sailyard.stage import (
     EXIT_FAILED,
     EXIT_OK,
@@ -29,10 +30,10 @@ from sailyard.stage import (
     stage_seed,
 )
 from sailyard.stage.context import jsonable
-from sailyard.stage.live import LiveRecorder
 from sailyard.stage.results import global_key
 from sailyard.stage.runner import execute
 from sailyard.yard import Yard
+from tests.sailyard import stages
 from tests.sailyard.stages import DRAW, NUM_STEPS, TRAIN, lone, open_run, read_output
 
 
@@ -192,6 +193,21 @@ def test_force_runs_again_but_only_once_per_run(yard: Yard) -> None:
     assert after.attempt == 1
 
 
+def test_new_code_and_new_inputs_ask_for_a_new_result_within_the_same_run(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_and_train(yard)
+    newer = replace(TRAIN, version=2)
+    run = open_run(yard, pipeline=Pipeline([DRAW, newer]))
+    assert results_of(yard, run).find(TRAIN.name) is None
+    assert execute(yard, run, newer) == EXIT_OK
+    assert results_of(yard, run).find(TRAIN.name) is not None
+    monkeypatch.setattr(stages, "draw", stages.draw_otherwise)
+    assert execute(yard, run, DRAW, force=True) == EXIT_OK
+    assert results_of(yard, run).find(DRAW.name) is not None
+    assert results_of(yard, run).find(TRAIN.name) is None
+
+
 def test_a_run_that_starts_later_only_reuses_what_is_before(yard: Yard) -> None:
     run = open_run(yard, "run-1", start_from=TRAIN.name)
     assert run.started_stages() == {TRAIN.name}
@@ -344,49 +360,3 @@ def test_a_running_row_without_its_process_is_marked_lost(yard: Yard) -> None:
     row = queries.stage_run(yard.database, run.id, TRAIN.name)
     assert row is not None
     assert row.status == "lost"
-
-
-# --- stores and databases that are elsewhere, or away ---------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_contract_holds_on_s3(s3_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    yard = Yard(s3_settings)
-    run = open_run(yard)
-    assert execute(yard, run, DRAW) == EXIT_OK
-    monkeypatch.setenv("STOP_AT", "12")
-    assert execute(yard, run, TRAIN) == EXIT_RESUME
-    assert execute(yard, run, TRAIN) == EXIT_OK
-    result = stage_result(run.id, TRAIN.name, yard)
-    assert result is not None
-    assert len(read_output(yard, result.outputs["weights"], "weights.txt")) == 64
-    assert yard.store.list("checkpoints/") == []
-    again = open_run(yard, "run-2")
-    assert reuse(yard, again, DRAW.name, results_of(yard, again)) is not None
-    yard.database.close()
-
-
-def test_points_wait_for_a_database_that_is_away(
-    yard: Yard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = open_run(yard)
-    row = records.start_stage(yard.database, run.id, TRAIN.name, "k", {}, resumes=False)
-    recorder = LiveRecorder(yard.database, row, TRAIN.name, None)
-    beat, failures = records.beat, 0
-
-    def away(*arguments: object) -> None:
-        nonlocal failures
-        failures += 1
-        if failures <= 2:
-            raise OSError("the server closed the connection")
-        beat(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(records, "beat", away)
-    recorder.start()
-    for step in range(3):
-        recorder.metric(step, {"loss": float(step)})
-        recorder.flush()
-    recorder.close()
-    series = queries.metric_series(yard.database, run.id, TRAIN.name)
-    assert series["loss"] == [(0, 0.0), (1, 1.0), (2, 2.0)]
-    assert failures >= 3

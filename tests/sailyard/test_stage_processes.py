@@ -1,4 +1,5 @@
-"""The stage contract in processes: kills, crashes, helpers left behind, secrets, shipped logs."""
+"""The stage contract in processes: kills, crashes, helpers left behind, secrets, shipped logs,
+a real S3 store, and a database that is away."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from sailyard.lineage import queries
-from sailyard.runs import stage_log, stage_result
+from sailyard.lineage import queries, records
+from sailyard.runs import results_of, reuse, stage_log, stage_result
+from sailyard.settings import Settings
 from sailyard.stage import EXIT_FAILED, EXIT_OK, EXIT_RESUME
+from sailyard.stage.live import LiveRecorder
 from sailyard.stage.runner import execute
 from sailyard.yard import Yard
 from tests.sailyard import stages
@@ -166,3 +169,45 @@ def test_two_processes_on_one_result_build_it_once(yard: Yard) -> None:
     assert sum("cached" in output for output in outputs) == 1
     rows = [queries.stage_run(yard.database, f"run-{i}", TRAIN.name) for i in (1, 2)]
     assert sorted(row.cached for row in rows if row) == [False, True]
+
+
+def test_the_contract_holds_on_s3(s3_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    yard = Yard(s3_settings)
+    run = open_run(yard)
+    assert execute(yard, run, DRAW) == EXIT_OK
+    monkeypatch.setenv("STOP_AT", "12")
+    assert execute(yard, run, TRAIN) == EXIT_RESUME
+    assert execute(yard, run, TRAIN) == EXIT_OK
+    result = stage_result(run.id, TRAIN.name, yard)
+    assert result is not None
+    assert len(read_output(yard, result.outputs["weights"], "weights.txt")) == 64
+    assert yard.store.list("checkpoints/") == []
+    again = open_run(yard, "run-2")
+    assert reuse(yard, again, DRAW.name, results_of(yard, again)) is not None
+    yard.database.close()
+
+
+def test_points_wait_for_a_database_that_is_away(
+    yard: Yard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(yard)
+    row = records.start_stage(yard.database, run.id, TRAIN.name, "k", {}, resumes=False)
+    recorder = LiveRecorder(yard.database, row, TRAIN.name, None)
+    beat, failures = records.beat, 0
+
+    def away(*arguments: object) -> None:
+        nonlocal failures
+        failures += 1
+        if failures <= 2:
+            raise OSError("the server closed the connection")
+        beat(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(records, "beat", away)
+    recorder.start()
+    for step in range(3):
+        recorder.metric(step, {"loss": float(step)})
+        recorder.flush()
+    recorder.close()
+    series = queries.metric_series(yard.database, run.id, TRAIN.name)
+    assert series["loss"] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert failures >= 3
