@@ -13,7 +13,6 @@ from sailyard.samples import read_samples
 from sailyard.stage import StageContext
 from training.supervised import SupervisedRun
 
-
 HEADLINE = "adapter"  # the view whose figures stand for the stage: what the LM reads, as it is
 DISTANCES = ("nearest_neighbour", "wasserstein", "mean_distance")
 
