@@ -107,8 +107,8 @@ def _load_optimizer(
 ) -> None:
     by_index: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        by_index.setdefault(int(index), {})[key] = tensor
+        number, key = name.split(".", 1)
+        by_index.setdefault(int(number), {})[key] = tensor
     optimizer.state.clear()
     index = 0
     for position, group in enumerate(optimizer.param_groups):

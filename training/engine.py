@@ -40,7 +40,7 @@ class Engine:
         self.model, self.recipe = model, recipe
         freeze_except(model, recipe.trainable)
         self.optimizer = torch.optim.AdamW(
-            self._groups(), lr=recipe.lr, betas=tuple(recipe.betas), fused=True
+            self._groups(), lr=recipe.lr, betas=recipe.betas, fused=True
         )
         self.autocast = recipe.dtype == "bfloat16"
 
@@ -48,7 +48,8 @@ class Engine:
         """Per part: matrices with weight decay, vectors (norms, biases) without."""
         groups: list[dict[str, object]] = []
         for part, module in self.model.parts().items():
-            lr_scale = self.recipe.part_lr.get(part, self.recipe.lr) / self.recipe.lr
+            rates = {str(name): rate for name, rate in self.recipe.part_lr.items()}
+            lr_scale = rates.get(part, self.recipe.lr) / self.recipe.lr
             parameters = [p for p in module.parameters() if p.requires_grad]
             for decay, chosen in (
                 (self.recipe.weight_decay, [p for p in parameters if p.dim() >= 2]),
