@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,13 @@ def test_nothing_in_the_package_imports_torch() -> None:
         "print(*[name for name in heavy if name in sys.modules])"
     )
     assert in_a_fresh_python(code) == ""
+
+
+def test_every_entry_is_a_function_that_exists(recipe: Recipe) -> None:
+    """Read, not imported: entries bring torch, and a scheduler must never need it."""
+    for stage in build_pipeline(recipe).stages:
+        for name in filter(None, (stage.entry, stage.restore)):
+            module, _, function = name.partition(":")
+            tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+            found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+            assert function in found, name
