@@ -1,0 +1,120 @@
+"""A supervised stage killed at random moments ends with the weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from curation.world.build import reference_samples
+from curation.world.text import text_samples
+from model.checkpoint import build_from_recipe, save_language, save_model
+from model.processor import SailVLProcessor
+from model.tokenizer import train_tokenizer
+from sailyard.recipe import load_recipe
+from sailyard.samples import write_samples
+from tests.training.run_entry import context
+
+STEPS = {"max_steps": 12, "checkpoint_every": 2, "batch_size": 2, "micro_batch_size": 2}
+COMMON = {**STEPS, "threads": 1}
+
+
+def changes(section: str, **extra: object) -> list[str]:
+    return [f"{section}.{key}={value}" for key, value in {**COMMON, **extra}.items()]
+
+
+STAGES = {
+    "bootstrap.language": changes("bootstrap.language"),
+    "bootstrap.vision": [
+        *changes("bootstrap.vision", max_steps=6),
+        "bootstrap.tower.steps=6",
+        "bootstrap.tower.checkpoint_every=2",
+    ],
+    "pretraining.basic": changes(
+        "pretraining.basic", **{"adalrs.window": 3, "adalrs.start": 0.1, "adalrs.end": 0.9}
+    ),
+    "post_training.base_sft_2": changes("post_training.base_sft_2"),
+}
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Text, pictures and untrained networks of the micro shape."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("materials")
+    shape = load_recipe("micro").model
+    text = list(text_samples(80, np.random.default_rng(0)))
+    write_samples(folder / "text", text)
+    pictures = reference_samples(30, np.random.default_rng(1), shape.vision.image_size)
+    write_samples(folder / "pictures", pictures)
+    tokenizer = train_tokenizer((m["content"] for s in text for m in s.messages), 600)
+    model = build_from_recipe(shape, tokenizer, seed=3)
+    save_language(folder / "language", model.language_model, tokenizer)
+    save_model(folder / "model", model, SailVLProcessor.from_recipe(shape, tokenizer))
+    return {p.name: p for p in folder.iterdir()}
+
+
+def inputs_of(stage: str, materials: dict[str, Path]) -> dict[str, str]:
+    wanted = {
+        "bootstrap.language": {"text": "text"},
+        "bootstrap.vision": {"language": "language", "reference": "pictures"},
+        "pretraining.basic": {"checkpoint": "model", "language": "language", "mix": "pictures"},
+        "post_training.base_sft_2": {"checkpoint": "model", "instruction": "pictures"},
+    }[stage]
+    return {name: str(materials[material]) for name, material in wanted.items()}
+
+
+def start(stage: str, folder: Path, inputs: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.training.run_entry", stage, str(folder)]
+    return subprocess.Popen([*command, json.dumps(inputs), *STAGES[stage]])
+
+
+def outcome(folder: Path) -> tuple[dict[str, str], dict[str, object]]:
+    """Digests of every output file, and the summary without its timings."""
+    out = next((folder / "work").iterdir()) / "out"
+    digests = {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary.pop("tokens_per_second")
+    return digests, summary
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_killed_three_times_ends_with_the_same_weights(
+    stage: str, materials: dict[str, Path], tmp_path: Path
+) -> None:
+    inputs = inputs_of(stage, materials)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert start(stage, undisturbed, inputs).wait() == 0
+    paths = {name: Path(path) for name, path in inputs.items()}
+    watcher = context(stage, killed, paths, STAGES[stage]).checkpoints
+    moments = random.Random(stage)
+    num_kills = 0
+    for _ in range(3):
+        process = start(stage, killed, inputs)
+        before = watcher.latest()
+        while process.poll() is None:
+            latest = watcher.latest()
+            if latest is not None and (before is None or latest[0] > before[0]):
+                time.sleep(moments.random() * 0.4)
+                process.send_signal(signal.SIGKILL)
+                num_kills += process.wait() == -signal.SIGKILL
+                break
+            time.sleep(0.005)
+    assert num_kills >= 1, "the stage ended before it could be killed"
+    assert start(stage, killed, inputs).wait() == 0
+    assert outcome(killed) == outcome(undisturbed)
