@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,6 +54,9 @@ def run(
                 on_hash=on_hash,
             )
     loaded = load_run(run_id, yard)
+    # Asked to end from outside is Ctrl-C by another name: stages live in sessions of their own
+    # and would outlive this process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with GraphView(yard, loaded, quiet=as_json) as view:
         try:
             ends = run_graph(yard, loaded, jobs=jobs, observer=view.observer())
