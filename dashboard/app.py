@@ -16,7 +16,9 @@ from dashboard.views import evaluation, funnel, lineage, metrics, registry, runs
 from sailyard.lineage import DatabaseError, RunInfo
 from sailyard.settings import get_settings
 
+# Files of ours: an icon by name would be fetched from another host.
 LOGO = Path(__file__).with_name("logo.svg")
+ICON = Path(__file__).with_name("icon.svg")
 PAGES: dict[str, list[tuple[str, str, Callable[[RunInfo | None], None]]]] = {
     "Build": [
         ("Runs", ":material/sailing:", runs.page),
@@ -33,7 +35,7 @@ PAGES: dict[str, list[tuple[str, str, Callable[[RunInfo | None], None]]]] = {
 
 def main() -> None:
     """Draw the side bar and the chosen page."""
-    st.set_page_config(page_title="Sailyard", page_icon=":material/sailing:", layout="wide")
+    st.set_page_config(page_title="Sailyard", page_icon=str(ICON), layout="wide")
     st.logo(str(LOGO), size="large")
     run: RunInfo | None = None
 

@@ -114,7 +114,7 @@ def _progression(report: Report) -> None:
     )
     st.subheader("From pretraining to release")
     chart = alt.layer(base.mark_line(), base.mark_point(filled=True, size=70), floor)
-    st.altair_chart(chart.properties(height=280), width="stretch")
+    st.altair_chart(chart.properties(height=380), width="stretch")
 
 
 def _heatmap(report: Report) -> None:
@@ -144,8 +144,7 @@ def _heatmap(report: Report) -> None:
         color=alt.condition("abs(datum.lead) > 0.45", alt.value("white"), alt.value("#17242d")),
     )
     st.subheader("Skill by skill")
-    height = 34 * len(report["checkpoints"]) + 20
-    st.altair_chart(alt.layer(cells, texts).properties(height=height), width="stretch")
+    st.altair_chart(alt.layer(cells, texts).properties(height=alt.Step(30)), width="stretch")
 
 
 def _skill_bars(report: Report) -> None:
@@ -183,7 +182,7 @@ def _skill_bars(report: Report) -> None:
             ),
             tooltip=["skill:N", "who:N", alt.Tooltip("accuracy:Q", format=".3f")],
         )
-        .properties(height=260)
+        .properties(height=320)
     )
     st.altair_chart(chart, width="stretch")
 

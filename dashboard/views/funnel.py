@@ -85,7 +85,7 @@ def _funnels(found: Sequence[Funnel]) -> None:
             order=alt.Order("fate:N", sort="descending"),
             tooltip=["stage:N", "fate:N", "count:Q", alt.Tooltip("share:Q", format=".1%")],
         )
-        .properties(height=34 * len(found) + 30)
+        .properties(height=alt.Step(28))
     )
     st.altair_chart(chart, width="stretch")
     for start in range(0, len(found), 2):
@@ -136,7 +136,7 @@ def _mixes(summaries: Mapping[str, Mapping[str, Any]]) -> None:
             color=alt.Color("source:N", legend=alt.Legend(orient="top", title=None)),
             tooltip=["mix:N", "source:N", "drawn:Q", "available:Q"],
         )
-        .properties(height=40 * len(names) + 30)
+        .properties(height=alt.Step(32))
     )
     st.altair_chart(chart, width="stretch")
     balanced = {name: summaries[name].get("ngram_entropy") for name in names}

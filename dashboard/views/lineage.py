@@ -24,7 +24,9 @@ PREFERRED = (
     "alignment.world_knowledge/checkpoint",
 )
 DIRECTIONS = {"made from": "up", "used for": "down", "both": "both"}
-COLUMN_WIDTH, ROW_HEIGHT = 260, 78
+# The whole way back is two dozen steps: readable only piece by piece.
+STEPS, MOST_STEPS = 4, 40
+COLUMN_WIDTH, ROW_HEIGHT = 250, 70
 
 
 def page(run: RunInfo | None) -> None:
@@ -52,23 +54,41 @@ def page(run: RunInfo | None) -> None:
     names = {digest: name for name, digest in choices}
     if st.session_state.get(_PICKER) not in names:
         st.session_state[_PICKER] = linked if linked in names else _preferred(made, choices)
-    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    left, middle, right = st.columns([3, 1.2, 1.3], vertical_alignment="bottom", gap="medium")
     digest = left.selectbox(
         "Artifact", list(names), key=_PICKER, format_func=lambda each: names[each]
     )
-    shown = right.segmented_control(
+    shown = middle.segmented_control(
         "Show what it was", list(DIRECTIONS), default="made from", key="lineage direction"
     )
+    steps = right.slider("Steps", 1, MOST_STEPS, STEPS, key="lineage steps")
     direction: Any = DIRECTIONS[shown or "made from"]
-    graph = queries.ancestry(data.yard().database, digest, direction)
-    if graph.truncated:
-        st.caption(f"Only the nearest {len(graph.nodes)} artifacts are shown.")
-    canvas, panel = st.columns([5, 2], gap="medium")
-    with canvas:
-        clicked = _draw(graph)
-    with panel:
-        by_digest = {node.digest: node for node in graph.nodes}
-        _describe(by_digest.get(clicked or digest, by_digest[digest]), graph)
+    whole = queries.ancestry(data.yard().database, digest, direction)
+    graph = within(whole, steps)
+    if len(graph.nodes) < len(whole.nodes) or whole.truncated:
+        more = "more than " if whole.truncated else ""
+        st.caption(f"{len(graph.nodes)} of {more}{len(whole.nodes)} artifacts, the nearest.")
+    clicked = _draw(graph)
+    by_digest = {node.digest: node for node in graph.nodes}
+    _describe(by_digest.get(clicked or digest, by_digest[digest]), whole)
+
+
+def within(graph: Ancestry, steps: int) -> Ancestry:
+    """The part of a graph that is at most so many edges away from its root."""
+    neighbours: dict[str, set[str]] = defaultdict(set)
+    for edge in graph.edges:
+        neighbours[edge.source].add(edge.target)
+        neighbours[edge.target].add(edge.source)
+    near, frontier = {graph.root}, {graph.root}
+    for _ in range(steps):
+        frontier = {n for digest in frontier for n in neighbours[digest]} - near
+        near |= frontier
+    return Ancestry(
+        graph.root,
+        tuple(node for node in graph.nodes if node.digest in near),
+        tuple(edge for edge in graph.edges if {edge.source, edge.target} <= near),
+        graph.truncated,
+    )
 
 
 def _preferred(made: dict[str, str], choices: list[tuple[str, str]]) -> str:
@@ -83,38 +103,39 @@ def _name(node: ArtifactNode) -> str:
 
 
 def layers(graph: Ancestry) -> dict[str, int]:
-    """Column of every node: sources at 0, everything right of all it was made from."""
-    parents: dict[str, set[str]] = defaultdict(set)
+    """Column of every node: the last ones rightmost, each one just left of its first use."""
+    children: dict[str, set[str]] = defaultdict(set)
     for edge in graph.edges:
-        parents[edge.target].add(edge.source)
-    column: dict[str, int] = {}
+        children[edge.source].add(edge.target)
+    ahead: dict[str, int] = {}
 
-    def place(digest: str, path: frozenset[str]) -> int:
-        if digest not in column:
-            above = [place(p, path | {p}) for p in sorted(parents[digest]) if p not in path]
-            column[digest] = 1 + max(above, default=-1)
-        return column[digest]
+    def steps_ahead(digest: str, path: frozenset[str]) -> int:
+        if digest not in ahead:
+            after = [steps_ahead(c, path | {c}) for c in sorted(children[digest]) if c not in path]
+            ahead[digest] = 1 + max(after, default=-1)
+        return ahead[digest]
 
     for node in graph.nodes:
-        place(node.digest, frozenset({node.digest}))
-    return column
+        steps_ahead(node.digest, frozenset({node.digest}))
+    longest = max(ahead.values(), default=0)
+    return {digest: longest - steps for digest, steps in ahead.items()}
 
 
 def positions(graph: Ancestry) -> dict[str, tuple[float, float]]:
-    """Left to right by layer; inside a layer, near the mean height of what a node is made from."""
+    """Right to left by layer; inside a layer, near the mean height of what a node is used for."""
     column = layers(graph)
     rows: dict[int, list[str]] = defaultdict(list)
     for node in graph.nodes:
         rows[column[node.digest]].append(node.digest)
-    parents: dict[str, list[str]] = defaultdict(list)
+    children: dict[str, list[str]] = defaultdict(list)
     for edge in graph.edges:
-        parents[edge.target].append(edge.source)
+        children[edge.source].append(edge.target)
     height: dict[str, float] = {}
-    for layer in sorted(rows):
+    for layer in sorted(rows, reverse=True):
         members = rows[layer]
         wanted = {
-            digest: sum(height[p] for p in known) / len(known)
-            if (known := [p for p in parents[digest] if p in height])
+            digest: sum(height[c] for c in known) / len(known)
+            if (known := [c for c in children[digest] if c in height])
             else 0.0
             for digest in members
         }
@@ -141,10 +162,10 @@ def _draw(graph: Ancestry) -> str | None:
     st.session_state["lineage state"] = streamlit_flow(
         f"{_FLOW} {identity}",
         st.session_state["lineage state"],
-        height=620,
+        height=520,
         fit_view=True,
         min_zoom=0.1,
-        show_minimap=len(graph.nodes) > 12,
+        show_minimap=False,
         get_node_on_click=True,
         hide_watermark=True,
         style={"backgroundColor": "#ffffff"},
@@ -210,20 +231,30 @@ def _colour(node: ArtifactNode) -> str:
 
 def _describe(node: ArtifactNode, graph: Ancestry) -> None:
     st.subheader(node.stage or node.kind)
-    st.markdown(
-        f"**{node.kind}** · {look.size_text(node.size)}  \n"
-        f"made in run [{node.run_id}](/?run={node.run_id}&stage={node.stage})"
-    )
-    st.code(node.digest, language=None, wrap_lines=True)
-    inputs = {edge.input: edge.source for edge in graph.edges if edge.target == node.digest}
-    if inputs:
-        st.markdown("**Made from**")
+    facts, links, metadata = st.columns([1.2, 1, 1], gap="medium")
+    with facts:
         st.markdown(
-            "\n".join(
-                f"- {name}: [`{look.short(digest)}`](/lineage?artifact={digest})"
-                for name, digest in sorted(inputs.items())
-            )
+            f"**{node.kind}** · {look.size_text(node.size)} · "
+            f"made in run [{node.run_id}](/?run={node.run_id}&stage={node.stage})"
         )
+        st.code(node.digest, language=None, wrap_lines=True)
+    with links:
+        _links("Made from", [(e.input, e.source) for e in graph.edges if e.target == node.digest])
+        _links("Used for", [(e.stage, e.target) for e in graph.edges if e.source == node.digest])
+    with metadata:
+        _manifest(node)
+
+
+def _links(title: str, found: list[tuple[str, str]]) -> None:
+    if found:
+        lines = [
+            f"- {name}: [`{look.short(digest)}`](/lineage?artifact={digest})"
+            for name, digest in sorted(set(found))
+        ]
+        st.markdown("\n".join([f"**{title}**", "", *lines]))
+
+
+def _manifest(node: ArtifactNode) -> None:
     try:
         manifest = data.artifact(node.digest)
     except data.UNAVAILABLE as error:
@@ -232,7 +263,7 @@ def _describe(node: ArtifactNode, graph: Ancestry) -> None:
     if manifest.meta:
         st.markdown("**Metadata**")
         st.json(manifest.meta, expanded=2)
-    with st.expander(f"{len(manifest.files)} files"):
+    with st.expander(f"Files ({len(manifest.files)})"):
         st.dataframe(
             [
                 {"file": f.name, "size": look.size_text(f.size), "sha256": look.short(f.sha256)}

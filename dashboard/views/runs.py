@@ -142,7 +142,9 @@ def _timeline(states: Sequence[StageState]) -> None:
         .mark_bar(cornerRadiusEnd=3)
         .encode(
             x=alt.X("seconds:Q", title="seconds (computing the result)"),
-            y=alt.Y("stage:N", sort=None, title=None, axis=alt.Axis(labelLimit=220)),
+            y=alt.Y(
+                "stage:N", sort=None, title=None, axis=alt.Axis(labelLimit=220, labelOverlap=False)
+            ),
             color=alt.Color(
                 "group:N",
                 scale=alt.Scale(domain=groups, range=list(look.GROUP_COLOURS.values())),
@@ -151,7 +153,7 @@ def _timeline(states: Sequence[StageState]) -> None:
             opacity=alt.condition("datum.reused", alt.value(0.45), alt.value(1.0)),
             tooltip=["stage:N", "time:N", "reused:N"],
         )
-        .properties(height=max(120, 17 * len(bars)))
+        .properties(height=alt.Step(17))
     )
     with st.container(height=560, border=False):
         st.altair_chart(chart, width="stretch")

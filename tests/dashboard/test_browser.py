@@ -19,9 +19,9 @@ from sailyard.yard import Yard
 from tests.dashboard.conftest import Seeded
 from tests.dashboard.seed import FAILED
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(600)]
 
-PATIENCE = 60_000  # milliseconds; a shared machine can be slow
+PATIENCE = 120_000  # milliseconds; a shared machine can be slow
 # Read here: tests run without this process's own SAILYARD_ variables.
 SCREENSHOTS = os.environ.get("SAILYARD_SCREENSHOTS")
 NAMED_BROWSER = os.environ.get("SAILYARD_TEST_BROWSER")
@@ -74,10 +74,10 @@ def board(own: Seeded, tmp_path: Path) -> Iterator[str]:
 
 def settle(page: Page, title: str) -> None:
     """Wait until the page with this title is drawn to its end, and has drawn no error."""
-    expect(page.get_by_role("heading", name=title, level=1)).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("heading", name=title, level=1)).to_be_visible()
     app = page.get_by_test_id("stApp")
-    expect(app).to_have_attribute("data-test-script-state", "notRunning", timeout=PATIENCE)
-    expect(page.get_by_test_id("stSkeleton")).to_have_count(0, timeout=PATIENCE)
+    expect(app).to_have_attribute("data-test-script-state", "notRunning")
+    expect(page.get_by_test_id("stSkeleton")).to_have_count(0)
     expect(page.get_by_test_id("stException")).to_have_count(0)
 
 
@@ -91,6 +91,7 @@ def keep(page: Page, name: str) -> None:
 def test_board_in_a_browser(browser: Browser, board: str, own: Seeded) -> None:
     page = browser.new_page(viewport={"width": 1500, "height": 950})
     page.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
     outside: list[str] = []
     page.on(
         "request",
@@ -119,12 +120,14 @@ def test_board_in_a_browser(browser: Browser, board: str, own: Seeded) -> None:
     page.get_by_test_id("stSidebarNav").get_by_text("Lineage", exact=True).click()
     settle(page, "Lineage")
     flow = page.frame_locator("iframe[title*='streamlit_flow']")
-    node = flow.locator(".react-flow__node", has_text="curation.caption2").first
-    expect(node).to_be_visible(timeout=PATIENCE)
+    node = flow.locator(".react-flow__node", has_text="curation.think_fusion").first
+    expect(node).to_be_visible()
     keep(page, "lineage")
     # A click on a node opens its metadata beside the graph.
     node.click()
-    expect(page.get_by_role("heading", name="curation.caption2")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_role("heading", name="curation.think_fusion")).to_be_visible(
+        timeout=PATIENCE
+    )
 
     page.get_by_test_id("stSidebarNav").get_by_text("Registry", exact=True).click()
     settle(page, "Registry")
@@ -136,9 +139,9 @@ def test_board_in_a_browser(browser: Browser, board: str, own: Seeded) -> None:
 
 def promote(page: Page) -> None:
     """Choose tiny:2, give a reason, confirm."""
-    page.get_by_label("Version").click()
+    page.get_by_role("combobox", name="Version").click()
     page.get_by_role("option", name="tiny:2").click()
-    page.get_by_label("Why").first.fill("reads better")
+    page.get_by_role("textbox", name="Why").first.fill("reads better")
     page.get_by_role("button", name="Promote…").click()
     dialog = page.get_by_role("dialog")
     expect(dialog.get_by_text("reads better")).to_be_visible()

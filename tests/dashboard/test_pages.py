@@ -226,6 +226,16 @@ def test_lineage_is_laid_out_by_depth() -> None:
     assert '"a" -> "b"' in lineage.dot(graph())
 
 
+def test_lineage_shows_the_nearest_steps() -> None:
+    near = lineage.within(graph(), 1)
+    assert {node.digest for node in near.nodes} == {"a", "b", "c", "d"}
+    chain = graph()
+    edges = tuple(edge for edge in chain.edges if (edge.source, edge.target) != ("a", "d"))
+    near = lineage.within(Ancestry("d", chain.nodes, edges, truncated=False), 1)
+    assert {node.digest for node in near.nodes} == {"b", "c", "d"}
+    assert {edge.target for edge in near.edges} == {"d"}
+
+
 def test_smoothing_starts_at_the_data_and_keeps_gaps() -> None:
     points: list[tuple[int, float | None]] = [(0, 4.0), (1, None), (2, 2.0)]
     assert metrics.smoothed(points, 0.0) == [4.0, None, 2.0]
