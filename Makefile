@@ -10,7 +10,7 @@ DATA ?=
 EXIT ?=
 PYTEST_ARGS ?=
 
-.PHONY: help install demo test lint format types contracts unit clean
+.PHONY: help install demo test lint format types contracts unit results clean
 
 help:
 	@echo "make install                  build $(VENV) with everything (once; a few minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make demo RECIPE=tiny-moe     another recipe"
 	@echo "make test                     everything CI runs: lint, types, import contracts, tests"
 	@echo "make format                   apply the formatter and the safe lint fixes"
+	@echo "make results                  rewrite the README's results from the latest run"
 	@echo "make clean                    remove caches and build products (keeps $(VENV) and .sailyard)"
 
 install: $(STAMP)
@@ -53,6 +54,9 @@ contracts: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+results: $(STAMP)
+	$(BIN)/python -m sailyard.results README.md
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
