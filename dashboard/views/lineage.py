@@ -25,8 +25,8 @@ PREFERRED = (
 )
 DIRECTIONS = {"made from": "up", "used for": "down", "both": "both"}
 # The whole way back is two dozen steps: readable only piece by piece.
-STEPS, MOST_STEPS = 4, 40
-COLUMN_WIDTH, ROW_HEIGHT = 250, 70
+STEPS, MOST_STEPS = 3, 30
+COLUMN_WIDTH, ROW_HEIGHT, NODE_WIDTH = 195, 74, 160
 
 
 def page(run: RunInfo | None) -> None:
@@ -54,7 +54,7 @@ def page(run: RunInfo | None) -> None:
     names = {digest: name for name, digest in choices}
     if st.session_state.get(_PICKER) not in names:
         st.session_state[_PICKER] = linked if linked in names else _preferred(made, choices)
-    left, middle, right = st.columns([3, 1.2, 1.3], vertical_alignment="bottom", gap="medium")
+    left, middle, right = st.columns([2.6, 1.7, 1.3], vertical_alignment="bottom", gap="medium")
     digest = left.selectbox(
         "Artifact", list(names), key=_PICKER, format_func=lambda each: names[each]
     )
@@ -74,15 +74,19 @@ def page(run: RunInfo | None) -> None:
 
 
 def within(graph: Ancestry, steps: int) -> Ancestry:
-    """The part of a graph that is at most so many edges away from its root."""
-    neighbours: dict[str, set[str]] = defaultdict(set)
+    """The part of a graph at most so many edges up, or so many down, from its root."""
+    sources: dict[str, set[str]] = defaultdict(set)
+    targets: dict[str, set[str]] = defaultdict(set)
     for edge in graph.edges:
-        neighbours[edge.source].add(edge.target)
-        neighbours[edge.target].add(edge.source)
-    near, frontier = {graph.root}, {graph.root}
-    for _ in range(steps):
-        frontier = {n for digest in frontier for n in neighbours[digest]} - near
-        near |= frontier
+        sources[edge.target].add(edge.source)
+        targets[edge.source].add(edge.target)
+    near = {graph.root}
+    for neighbours in (sources, targets):
+        walked, frontier = {graph.root}, {graph.root}
+        for _ in range(steps):
+            frontier = {n for digest in frontier for n in neighbours[digest]} - walked
+            walked |= frontier
+        near |= walked
     return Ancestry(
         graph.root,
         tuple(node for node in graph.nodes if node.digest in near),
@@ -183,7 +187,7 @@ def _flow(graph: Ancestry) -> tuple[list[Any], list[Any]]:
         StreamlitFlowNode(
             node.digest,
             place[node.digest],
-            {"content": f"**{node.stage or node.kind}**  \n{outputs.get(node.digest, node.kind)}"},
+            {"content": _label(node, outputs.get(node.digest, node.kind))},
             "default",
             "right",
             "left",
@@ -195,7 +199,7 @@ def _flow(graph: Ancestry) -> tuple[list[Any], list[Any]]:
                 "borderRadius": "8px",
                 "background": "#ffffff",
                 "color": "#17242d",
-                "width": "210px",
+                "width": f"{NODE_WIDTH}px",
                 "padding": "4px 8px",
                 "fontSize": "12px",
                 "textAlign": "left",
@@ -211,6 +215,11 @@ def _flow(graph: Ancestry) -> tuple[list[Any], list[Any]]:
         for source, target in pairs
     ]
     return nodes, edges
+
+
+def _label(node: ArtifactNode, output: str) -> str:
+    group, _, step = node.stage.rpartition(".")
+    return f"**{step or node.kind}**  \n{group or 'artifact'} · {output}"
 
 
 def dot(graph: Ancestry) -> str:

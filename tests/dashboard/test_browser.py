@@ -120,12 +120,12 @@ def test_board_in_a_browser(browser: Browser, board: str, own: Seeded) -> None:
     page.get_by_test_id("stSidebarNav").get_by_text("Lineage", exact=True).click()
     settle(page, "Lineage")
     flow = page.frame_locator("iframe[title*='streamlit_flow']")
-    node = flow.locator(".react-flow__node", has_text="curation.think_fusion").first
+    node = flow.locator(".react-flow__node", has_text="think_fusion_sft").first
     expect(node).to_be_visible()
     keep(page, "lineage")
     # A click on a node opens its metadata beside the graph.
     node.click()
-    expect(page.get_by_role("heading", name="curation.think_fusion")).to_be_visible(
+    expect(page.get_by_role("heading", name="post_training.think_fusion_sft")).to_be_visible(
         timeout=PATIENCE
     )
 
