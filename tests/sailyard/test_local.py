@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +19,8 @@ from sailyard.processes import descendants
 from sailyard.runs import Run, create_run, load_run, stage_result
 from sailyard.stage import EXIT_RESUME
 from sailyard.yard import Yard
+
+ROOT = Path(__file__).parents[2]
 
 # These two need no model, so a process of either takes a second.
 STAGES = ("curation.text", "curation.heldout")
@@ -52,7 +56,7 @@ def test_the_graph_runs_in_processes_and_then_from_the_cache() -> None:
     assert [row.cached for row in rows] == [True, True]
 
 
-def test_no_stage_starts_after_one_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_stage_starts_after_one_that_failed() -> None:
     yard = Yard()
     run = short_run(yard)
     # A disk that is full for the stage's process: nothing can be written below home/work.
@@ -72,7 +76,7 @@ def test_jobs_below_one_are_refused() -> None:
         run_graph(yard, short_run(yard), jobs=0)
 
 
-def wait_for(path_or_pid: int, seconds: float = 10) -> None:
+def wait_for(path_or_pid: int, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while Path(f"/proc/{path_or_pid}").exists():
         assert time.monotonic() < deadline, f"process {path_or_pid} lives on"
@@ -112,7 +116,7 @@ def test_a_stage_that_does_not_stop_is_killed_with_all_it_started() -> None:
         wait_for(pid)
 
 
-def test_interrupting_the_graph_stops_its_processes(capfd: pytest.CaptureFixture[str]) -> None:
+def test_interrupting_the_graph_stops_its_processes() -> None:
     yard = Yard()
     run = short_run(yard, "world.num_text=3000000", stages=("curation.text",))
     begun = threading.Event()
@@ -122,10 +126,36 @@ def test_interrupting_the_graph_stops_its_processes(capfd: pytest.CaptureFixture
         begun.wait(60)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        run_graph(yard, run, observer=observer)
+    # A shell starts background jobs with SIGINT ignored, and Python leaves that as it is.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_graph(yard, run, observer=observer)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert descendants(os.getpid()) == []
     result = stage_result(run.id, "curation.text", yard)
     assert result is not None
     assert result.status == "stopped"
+
+
+def test_a_runner_told_to_end_stops_its_stages() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sailyard", "run", "--recipe", "micro"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "started (" in line:
+            break
+    family = descendants(process.pid)
+    assert len(family) == 2
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "go on with: sailyard run --resume" in output
+    for pid in family:
+        wait_for(pid)

@@ -51,7 +51,7 @@ def start(stage: str, run_id: str = "run-1", **environment: str) -> subprocess.P
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=200)
     return output
 
 
@@ -145,7 +145,7 @@ def test_a_helper_left_behind_is_ended_and_holds_nothing_up(yard: Yard) -> None:
 def test_the_log_is_shipped_while_the_stage_runs(yard: Yard) -> None:
     process = start("curation.linger")
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while "helpers" not in stage_log("run-1", "curation.linger", yard=yard):
             assert time.monotonic() < deadline
             time.sleep(0.2)
