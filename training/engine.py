@@ -11,7 +11,7 @@ import torch
 from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.processor import Encoded
 from sailyard.recipe import TrainRecipe
-from training.packing import collate_rows
+from training.packing import collate_rows, shares_of_turns
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -73,20 +73,19 @@ class Engine:
     ) -> StepResult:
         """Forward, backward and update over a global batch of packed rows.
 
-        The loss is normalised by the labelled tokens (or samples) of the whole batch, so the
-        gradient does not depend on how rows are split into micro-batches.
+        The loss is normalised by the labelled tokens (or answers, or samples) of the whole batch,
+        so the gradient does not depend on how rows are split into micro-batches.
         Raises NonFiniteLoss before the weights are touched.
         """
         self.model.train()
         num_labels = sum(int(e.loss_mask[1:].sum()) for row in rows for e in row)
-        num_samples = sum(len(row) for row in rows)
-        denominator = num_labels if self.recipe.loss_norm == "token" else num_samples
+        denominator = self._denominator(rows, num_labels)
         totals: dict[int, list[float]] = {}
         aux_total = 0.0
         num_micro = math.ceil(len(rows) / self.recipe.micro_batch_size)
         for micro_rows, micro_sources in self._micro_batches(rows, sources):
-            losses, source_of_label, aux_loss = self._forward(micro_rows, micro_sources)
-            loss = losses.sum() / max(denominator, 1)
+            losses, weights, source_of_label, aux_loss = self._forward(micro_rows, micro_sources)
+            loss = (losses * weights).sum() / max(denominator, 1)
             if aux_loss is not None:
                 loss = loss + aux_loss / num_micro
                 aux_total += float(aux_loss.detach()) / num_micro
@@ -104,6 +103,14 @@ class Engine:
             num_labels=num_labels,
         )
 
+    def _denominator(self, rows: Sequence[Sequence[Encoded]], num_labels: int) -> float:
+        """What the summed loss of a global batch is divided by."""
+        if self.recipe.loss_norm == "token":
+            return num_labels
+        if self.recipe.loss_norm == "sample":
+            return sum(len(row) for row in rows)
+        return sum(float(shares_of_turns(e.loss_mask).sum()) for row in rows for e in row)
+
     def _micro_batches(
         self, rows: Sequence[Sequence[Encoded]], sources: Sequence[Sequence[int]]
     ) -> Iterator[tuple[Sequence[Sequence[Encoded]], Sequence[Sequence[int]]]]:
@@ -113,8 +120,8 @@ class Engine:
 
     def _forward(
         self, rows: Sequence[Sequence[Encoded]], sources: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Per-label losses [L], the source index of each [L], and the balance loss."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Per-label losses [L], weights [L], source indices [L], and the balance loss."""
         batch = collate_rows(rows, self.recipe.seq_len)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             output = self.model(
@@ -130,7 +137,12 @@ class Engine:
         table = torch.zeros(len(rows), width, dtype=torch.long)
         for r, row in enumerate(sources):
             table[r, 1 : len(row) + 1] = torch.tensor(row)
-        return output.loss_per_token, table[output.label_rows, segments], output.aux_loss
+        losses = output.loss_per_token
+        if self.recipe.loss_norm == "turn":
+            weights = batch["turn_shares"][output.label_rows, output.label_cols]
+        else:
+            weights = torch.ones_like(losses)
+        return losses, weights, table[output.label_rows, segments], output.aux_loss
 
     def _update(self, lr: float) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

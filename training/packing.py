@@ -26,6 +26,7 @@ class PackedBatch(TypedDict):
     labels: torch.Tensor  # int64 [B, T], IGNORE_INDEX where no loss is taken
     position_ids: torch.Tensor  # int64 [B, T], restart at 0 in every sample
     segment_ids: torch.Tensor  # int64 [B, T], 1-based sample number in the row, 0 = padding
+    turn_shares: torch.Tensor  # float32 [B, T], 1 / labelled tokens of the same answer, else 0
     pixel_values: torch.Tensor | None  # float32 [N, 3, S, S], row-major order of the samples
 
 
@@ -87,6 +88,7 @@ def collate_rows(rows: Sequence[Sequence[Encoded]], seq_len: int) -> PackedBatch
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     segment_ids = np.zeros(shape, dtype=np.int64)
+    turn_shares = np.zeros(shape, dtype=np.float32)
     pixels: list[np.ndarray] = []
     for r, row in enumerate(rows):
         start = 0
@@ -99,6 +101,7 @@ def collate_rows(rows: Sequence[Sequence[Encoded]], seq_len: int) -> PackedBatch
             labels[r, start] = IGNORE_INDEX  # nothing precedes it in its own sample
             position_ids[r, start:end] = np.arange(end - start)
             segment_ids[r, start:end] = number
+            turn_shares[r, start:end] = shares_of_turns(encoded.loss_mask)
             if encoded.pixel_values is not None and len(encoded.pixel_values):
                 pixels.append(encoded.pixel_values)
             start = end
@@ -107,8 +110,23 @@ def collate_rows(rows: Sequence[Sequence[Encoded]], seq_len: int) -> PackedBatch
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         segment_ids=torch.from_numpy(segment_ids),
+        turn_shares=torch.from_numpy(turn_shares),
         pixel_values=torch.from_numpy(np.concatenate(pixels)) if pixels else None,
     )
+
+
+def shares_of_turns(loss_mask: np.ndarray) -> np.ndarray:
+    """[T] float32: each labelled token's share of its answer, so that every answer sums to 1.
+
+    An answer is a run of labelled tokens; between two of them stands at least the next turn's
+    header. The first token of a sample carries no loss and counts for nothing.
+    """
+    mask = loss_mask.astype(bool).copy()
+    mask[:1] = False
+    starts = mask & ~np.concatenate([[False], mask[:-1]])
+    answer = np.cumsum(starts)  # number of the answer each labelled token belongs to, from 1
+    lengths = np.bincount(answer[mask], minlength=int(answer.max(initial=0)) + 1)
+    return np.where(mask, 1.0 / np.maximum(lengths[answer], 1), 0.0).astype(np.float32)
 
 
 class PackingStats:
