@@ -31,7 +31,7 @@ from operators.processes import (
     marked_processes,
 )
 from operators.run_task import CREATE_RUN
-from sailyard.cli.output import print_table
+from sailyard.cli import output
 from sailyard.pipeline import build_pipeline
 from sailyard.recipe import RecipeError, load_recipe
 from sailyard.report import build_report, report_tables
@@ -46,6 +46,7 @@ POLL_S = 1.0
 # Airflow's API shares two cores with the training stages; a slow answer now and then is no fault.
 MAX_FAILED_POLLS = 30
 LOG_LINES = 30
+WIDE = 160
 
 
 class DemoFailed(RuntimeError):
@@ -199,8 +200,10 @@ class Demo:
             time.sleep(0.3)
 
     def _print_results(self) -> None:
+        if not self._console.is_terminal:
+            output.console.width = WIDE  # a pipe has no width of its own
         for title, columns, rows in report_tables(build_report(self._yard, self._run)):
-            print_table(title, columns, rows)
+            output.print_table(title, columns, rows)
         self._console.print(f"Airflow  {self._airflow.url}/dags/{DAG_ID}", highlight=False)
         self._console.print(f"Board    {self._board_url}", highlight=False)
         self._console.print(f"Endpoint http://127.0.0.1:{self._endpoint_port}/v1", highlight=False)
