@@ -64,6 +64,8 @@ def _training_stage(
 
 def alignment_stages(gpus: int) -> list[Stage]:
     entry = "training.alignment:run"
+    # One set of images for every measurement, or the three stages' distances could not be compared.
+    heldout = {"heldout": "curation.heldout/heldout"}
     return [
         _training_stage(
             "alignment.warmup",
@@ -72,6 +74,7 @@ def alignment_stages(gpus: int) -> list[Stage]:
                 "vision": "bootstrap.vision/vision",
                 "language": "bootstrap.language/language",
                 "mix": "curation.mix_warmup/mix",
+                **heldout,
             },
             gpus,
             "Teach the adapter alone to speak the language model's embedding space.",
@@ -80,7 +83,11 @@ def alignment_stages(gpus: int) -> list[Stage]:
         _training_stage(
             "alignment.fine_grained",
             entry,
-            {"checkpoint": "alignment.warmup/checkpoint", "mix": "curation.mix_fine_grained/mix"},
+            {
+                "checkpoint": "alignment.warmup/checkpoint",
+                "mix": "curation.mix_fine_grained/mix",
+                **heldout,
+            },
             gpus,
             "Vision tower and adapter learn detail.",
             ("alignment.fine_grained", "alignment.metrics"),
@@ -91,6 +98,7 @@ def alignment_stages(gpus: int) -> list[Stage]:
             {
                 "checkpoint": "alignment.fine_grained/checkpoint",
                 "mix": "curation.mix_world_knowledge/mix",
+                **heldout,
             },
             gpus,
             "All parts learn together; the resulting tower goes on to pretraining.",

@@ -34,7 +34,7 @@ from training.rl.rollouts import (
 )
 from training.soup import write_record
 
-WARMUP_SHARE = 0.05
+WARMUP_SHARE = 0.1
 """Share of the steps in which the rate climbs; constant afterwards (our choice)."""
 MAX_SAMPLING_ROUNDS = 2
 """Rounds of rollouts in one step at most, when dynamic sampling looks for groups that differ.
@@ -145,7 +145,10 @@ class ReinforcementRun:
             self.recipe.lr * self._warmup(),
             np.random.default_rng(derive_seed(self.ctx.seed, state.step, "mini-batches")),
         )
-        metrics = _step_metrics(groups, responses, stats)
+        metrics = {
+            **_reward_metrics(groups, self.scheme),
+            **_update_metrics(groups, responses, stats),
+        }
         state.step += 1
         state.history.append(metrics)
         self.ctx.metric(state.step - 1, **metrics)
@@ -204,7 +207,7 @@ class ReinforcementRun:
                 derive_seed(self.ctx.seed, "heldout rollouts"),
             )
         groups = score_replies(prompts, replies, self.sampling, self.scheme, self.judge)
-        figures = _reward_metrics(groups)
+        figures = _reward_metrics(groups, self.scheme)
         self.ctx.progress(
             self.state.step, self.recipe.steps, f"held-out {when}: reward {figures['reward']:.3f}"
         )
@@ -256,33 +259,35 @@ def _edges(history: Sequence[Mapping[str, float]], name: str, edge: int) -> dict
     }
 
 
-def _reward_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """Means over all rollouts: reward, accuracy, format_rate, think_score; response_length in
-    tokens; truncated, the share cut off by the token budget."""
+def _reward_metrics(groups: Sequence[Sequence[Rollout]], scheme: RewardScheme) -> dict[str, float]:
+    """Means over all rollouts: reward, accuracy, format_rate; response_length in tokens;
+    truncated, the share cut off by the token budget; think_score, over the prompts that ask for
+    thought, where the reward looks at it."""
     rollouts = [rollout for group in groups for rollout in group]
     columns: dict[str, list[float]] = {
         "reward": [r.reward for r in rollouts],
         "accuracy": [r.terms.answer for r in rollouts],
         "format_rate": [r.terms.format for r in rollouts],
-        "think_score": [r.terms.verdict.mean for r in rollouts],
         "response_length": [len(r.completion.token_ids) for r in rollouts],
         "truncated": [float(not r.completion.finished) for r in rollouts],
     }
+    thoughts = [r.terms.verdict.mean for r in rollouts if r.prompt.think]
+    if scheme.uses_thinking and thoughts:
+        columns["think_score"] = thoughts
     return {name: float(np.mean(values)) for name, values in columns.items()}
 
 
-def _step_metrics(
+def _update_metrics(
     groups: Sequence[Sequence[Rollout]],
     responses: Sequence[Sequence[Response]],
     stats: UpdateStats,
 ) -> dict[str, float]:
-    """Reward metrics, entropy in nats per token, groups sampled and kept, update metrics.
+    """Entropy in nats per token, groups sampled and kept, and what the updates measured.
 
     Entropy is the Monte Carlo estimate -mean log p of the sampled tokens: unbiased, and free.
     """
     logprobs = [p for group in groups for r in group for p in r.completion.logprobs]
     return {
-        **_reward_metrics(groups),
         "entropy": -float(np.mean(logprobs)),
         "sampled_groups": float(len(groups)),
         "kept_groups": float(len(responses)),
