@@ -118,25 +118,25 @@ class TrainRecipe(Optimization):
 
 
 class TowerRecipe(Section):
-    """A ViT from nothing, by naming what images show. All numbers our choice."""
+    """A ViT from nothing, by naming what images show."""
 
     steps: int = Field(20_000, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps. Our choice."""
 
     batch_size: int = Field(1024, ge=1)
-    """Images per step."""
+    """Images per step. Our choice."""
 
     lr: float = Field(1e-3, gt=0, le=1)
-    """Peak learning rate, cosine to a twentieth."""
+    """Peak learning rate, cosine to a twentieth. Our choice."""
 
     weight_decay: float = Field(0.05, ge=0, le=1)
-    """AdamW's decoupled weight decay."""
+    """AdamW's decoupled weight decay. Our choice."""
 
     clip_norm: float = Field(1.0, gt=0)
-    """Largest norm of the whole gradient."""
+    """Largest norm of the whole gradient. Our choice."""
 
     checkpoint_every: int = Field(500, ge=1)
-    """Steps between checkpoints."""
+    """Steps between checkpoints. Our choice."""
 
 
 class AdaLRS(Section):

@@ -1,4 +1,4 @@
-"""Runs one stage entry by hand: `python -m tests.training.run_entry STAGE FOLDER INPUTS_JSON SET...`.
+"""Runs one entry by hand: `python -m tests.training.run_entry STAGE FOLDER INPUTS SETTING...`.
 
 A process of its own, so that a test can kill it as a machine would.
 """
