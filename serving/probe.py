@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -113,6 +114,12 @@ def wait_until_ready(url: str) -> dict[str, Any]:
             last = read().decode(errors="replace") if read else str(error)
         time.sleep(0.1)
     raise SmokeFailed(f"the server was not ready after {START_SECONDS:.0f} s: {last}")
+
+
+def quiet_client() -> None:
+    """One log line per request would bury the rest of a stage's log."""
+    for name in ("httpx", "httpx2", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def parts_of(sample: Sample) -> list[dict[str, Any]]:

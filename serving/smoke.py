@@ -21,7 +21,7 @@ from openai import BadRequestError, OpenAI
 
 from sailyard.samples import Sample, read_samples
 from sailyard.stage import StopRequested
-from serving.probe import Answer, SmokeFailed, ask, server, wait_until_ready
+from serving.probe import Answer, SmokeFailed, ask, quiet_client, server, wait_until_ready
 
 if TYPE_CHECKING:
     from sailyard.stage import StageContext
@@ -36,6 +36,7 @@ def run(ctx: StageContext) -> None:
     promotion = json.loads((ctx.input("promotion") / "promotion.json").read_text(encoding="utf-8"))
     alias, checkpoint = promotion["alias"], promotion["checkpoint"]
     by_alias, target = target_of(ctx, alias, checkpoint)
+    quiet_client()
     samples = pick(ctx.input("heldout"))
     started = time.monotonic()
     with server(target, ctx.scratch() / "server.log") as url:

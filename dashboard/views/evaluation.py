@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -10,7 +10,9 @@ import streamlit as st
 
 from dashboard import data, look
 from sailyard.lineage import RunInfo
+from sailyard.pipeline import EVALUATED
 from sailyard.report import build_report
+from sailyard.samples import SKILLS
 
 STAGE = "evaluation.suite"
 Report = Mapping[str, Any]
@@ -34,7 +36,7 @@ def page(run: RunInfo | None) -> None:
         )
         return
     try:
-        report = data.read_json(digest, "report.json")
+        report = in_order(data.read_json(digest, "report.json"))
     except data.UNAVAILABLE as error:
         st.error(str(error))
         return
@@ -52,6 +54,32 @@ def page(run: RunInfo | None) -> None:
         _replies(report, digest)
     with conditions:
         _conditions(report)
+
+
+def in_order(report: Report) -> dict[str, Any]:
+    """The report with checkpoints as the pipeline makes them and skills as the world lists them;
+    the file itself is sorted by name."""
+    places = [name.partition(".")[2] for name in EVALUATED]
+
+    def sort(table: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+        rank = {name: place for place, name in enumerate(order)}
+        return dict(sorted(table.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
+
+    checkpoints = {
+        name: {
+            **entry,
+            "modes": {
+                mode: {**figures, "skills": sort(figures["skills"], SKILLS)}
+                for mode, figures in entry["modes"].items()
+            },
+        }
+        for name, entry in sort(report["checkpoints"], places).items()
+    }
+    examples = [
+        {**example, "replies": sort(example["replies"], places)}
+        for example in report.get("examples", [])
+    ]
+    return {**report, "checkpoints": checkpoints, "examples": examples}
 
 
 def _headline(report: Report) -> None:
@@ -133,7 +161,12 @@ def _heatmap(report: Report) -> None:
     cells = base.mark_rect(cornerRadius=3, stroke="white").encode(
         color=alt.Color(
             "lead:Q",
-            scale=alt.Scale(domain=[-0.5, 0, 0.8], range=["#c8453b", "#f4f6f7", "#0f6d8c"]),
+            scale=alt.Scale(
+                domain=[-0.6, 0, 0.8],
+                range=["#c8453b", "#f4f6f7", "#0f6d8c"],
+                interpolate="rgb",
+                clamp=True,
+            ),
             legend=alt.Legend(
                 title="lead over majority class", orient="bottom", gradientLength=240
             ),
@@ -280,7 +313,7 @@ def _replies(report: Report, digest: str) -> None:
                         {
                             "checkpoint": look.label(name),
                             "mode": mode,
-                            "": "✅" if outcome["right"] else "❌",
+                            "": "✓" if outcome["right"] else "✗",
                             "reply": outcome["reply"],
                         }
                         for name, modes in example["replies"].items()

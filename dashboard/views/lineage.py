@@ -26,7 +26,7 @@ PREFERRED = (
 DIRECTIONS = {"made from": "up", "used for": "down", "both": "both"}
 # The whole way back is two dozen steps: readable only piece by piece.
 STEPS, MOST_STEPS = 3, 30
-COLUMN_WIDTH, ROW_HEIGHT, NODE_WIDTH = 195, 74, 160
+COLUMN_WIDTH, ROW_HEIGHT, NODE_WIDTH = 195, 66, 160
 
 
 def page(run: RunInfo | None) -> None:
@@ -68,6 +68,7 @@ def page(run: RunInfo | None) -> None:
     if len(graph.nodes) < len(whole.nodes) or whole.truncated:
         more = "more than " if whole.truncated else ""
         st.caption(f"{len(graph.nodes)} of {more}{len(whole.nodes)} artifacts, the nearest.")
+    _legend(graph)
     clicked = _draw(graph)
     by_digest = {node.digest: node for node in graph.nodes}
     _describe(by_digest.get(clicked or digest, by_digest[digest]), whole)
@@ -103,7 +104,7 @@ def _preferred(made: dict[str, str], choices: list[tuple[str, str]]) -> str:
 
 
 def _name(node: ArtifactNode) -> str:
-    return f"{node.stage}/{node.kind}" if node.stage else f"{node.kind} {look.short(node.digest)}"
+    return f"{node.stage or look.short(node.digest)}/{_output(node)}"
 
 
 def layers(graph: Ancestry) -> dict[str, int]:
@@ -182,12 +183,11 @@ def _flow(graph: Ancestry) -> tuple[list[Any], list[Any]]:
     from streamlit_flow.elements import StreamlitFlowEdge, StreamlitFlowNode
 
     place = positions(graph)
-    outputs = {edge.target: edge.output for edge in graph.edges}
     nodes = [
         StreamlitFlowNode(
             node.digest,
             place[node.digest],
-            {"content": _label(node, outputs.get(node.digest, node.kind))},
+            {"content": _label(node)},
             "default",
             "right",
             "left",
@@ -217,16 +217,32 @@ def _flow(graph: Ancestry) -> tuple[list[Any], list[Any]]:
     return nodes, edges
 
 
-def _label(node: ArtifactNode, output: str) -> str:
-    group, _, step = node.stage.rpartition(".")
-    return f"**{step or node.kind}**  \n{group or 'artifact'} · {output}"
+def _label(node: ArtifactNode) -> str:
+    """The step and what it made; the colour says which group the step belongs to."""
+    return f"**{node.stage.rpartition('.')[2] or 'artifact'}**  \n{_output(node)}"
+
+
+def _output(node: ArtifactNode) -> str:
+    """What the artifact is called by the stage that makes it."""
+    return node.kind.rpartition("/")[2]
+
+
+def _legend(graph: Ancestry) -> None:
+    used = {node.stage.partition(".")[0] for node in graph.nodes}
+    st.html(
+        " ".join(
+            f'<span style="color:{colour}">&#9632;</span> {look.label(group)}&emsp;'
+            for group, colour in look.GROUP_COLOURS.items()
+            if group in used
+        )
+    )
 
 
 def dot(graph: Ancestry) -> str:
     """The graph in Graphviz's language, for boards without the interactive component."""
     lines = ["digraph { rankdir=LR; node [shape=box style=rounded fontname=Helvetica fontsize=10]"]
     for node in graph.nodes:
-        text = f"{node.stage or node.kind}\\n{look.short(node.digest)}"
+        text = f"{node.stage or look.short(node.digest)}\\n{_output(node)}"
         width = 3 if node.digest == graph.root else 1
         lines.append(f'"{node.digest}" [label="{text}" color="{_colour(node)}" penwidth={width}]')
     pairs = dict.fromkeys((edge.source, edge.target) for edge in graph.edges)
@@ -239,11 +255,11 @@ def _colour(node: ArtifactNode) -> str:
 
 
 def _describe(node: ArtifactNode, graph: Ancestry) -> None:
-    st.subheader(node.stage or node.kind)
+    st.subheader(node.stage or "Artifact")
     facts, links, metadata = st.columns([1.2, 1, 1], gap="medium")
     with facts:
         st.markdown(
-            f"**{node.kind}** · {look.size_text(node.size)} · "
+            f"**{_output(node)}** · {look.size_text(node.size)} · "
             f"made in run [{node.run_id}](/?run={node.run_id}&stage={node.stage})"
         )
         st.code(node.digest, language=None, wrap_lines=True)

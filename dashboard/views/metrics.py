@@ -49,7 +49,7 @@ def _body(run_id: str) -> None:
         )
         return
     left, middle, right = st.columns([2, 3, 2])
-    stage = left.selectbox("Stage", list(names), index=len(names) - 1, key="metrics stage")
+    stage = left.selectbox("Stage", list(names), index=_newest(names), key="metrics stage")
     others = [each.id for each in data.runs() if each.id != run_id]
     compared = middle.multiselect(
         "Compare with", others, max_selections=MAX_RUNS - 1, key="metrics runs"
@@ -72,6 +72,12 @@ def _body(run_id: str) -> None:
         ):
             with column:
                 st.altair_chart(chart, width="stretch")
+
+
+def _newest(names: dict[str, list[str]]) -> int:
+    """The last stage that trains something, else the last one."""
+    trained = [place for place, found in enumerate(names.values()) if {"loss", "reward"} & {*found}]
+    return trained[-1] if trained else len(names) - 1
 
 
 def sorted_names(names: list[str]) -> list[str]:

@@ -54,10 +54,11 @@ def _finish(yard: Yard, run_id: str, stage: Stage, made: dict[str, str], folder:
         directory = folder / stage.name / name
         directory.mkdir(parents=True)
         _fill(directory, stage, name)
-        artifact = yard.artifacts.publish(directory, name, {"stage": stage.name})
+        kind = f"{stage.name}/{name}"
+        artifact = yard.artifacts.publish(directory, kind, {"stage": stage.name})
         made[f"{stage.name}/{name}"] = artifact.digest
         outputs[name] = ArtifactInfo(
-            artifact.digest, name, artifact.size, len(artifact.files), artifact.meta
+            artifact.digest, kind, artifact.size, len(artifact.files), artifact.meta
         )
     if stage.group in TRAINED:
         points = [
@@ -85,7 +86,9 @@ def _reuse(yard: Yard, run_id: str, source: str, stage: Stage, made: dict[str, s
     infos = {}
     for name in stage.outputs:
         artifact = yard.artifacts.get(made[f"{stage.name}/{name}"])
-        infos[name] = ArtifactInfo(artifact.digest, name, artifact.size, len(artifact.files))
+        infos[name] = ArtifactInfo(
+            artifact.digest, artifact.kind, artifact.size, len(artifact.files)
+        )
     records.record_cached(
         yard.database,
         run_id,
@@ -189,7 +192,7 @@ def _write_report(directory: Path) -> None:
             }
         ],
     }
-    (directory / "report.json").write_text(json.dumps(report))
+    (directory / "report.json").write_text(json.dumps(report, sort_keys=True))
 
 
 def _mode(skills: dict[str, float], format_rate: float | None = None) -> dict[str, Any]:
