@@ -90,7 +90,7 @@ def run(ctx: StageContext) -> None:
                 images, [caption_of(s) for s in samples], batch_size=recipe.batch_size
             )
             for position, sample, verdict in zip(positions, samples, found, strict=True):
-                reasons = verdict.reasons(recipe.min_score)
+                reasons = verdict.reasons(recipe.min_score, recipe.drop_on_no)
                 funnel.add(sample, reasons)
                 if reasons:
                     dropped.append(position)
@@ -103,6 +103,11 @@ def run(ctx: StageContext) -> None:
     # The dropped ones are read again: their positions fit in memory, their images need not.
     write_samples(
         ctx.output("dropped"),
-        (annotate(reader[p], verdicts[p], verdicts[p].reasons(recipe.min_score)) for p in dropped),
+        (
+            annotate(
+                reader[p], verdicts[p], verdicts[p].reasons(recipe.min_score, recipe.drop_on_no)
+            )
+            for p in dropped
+        ),
     )
     ctx.summary(**funnel.summary())

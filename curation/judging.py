@@ -40,16 +40,17 @@ class Verdict:
     ita_yes: bool
     vir_yes: bool
 
-    def reasons(self, min_score: int) -> list[str]:
+    def reasons(self, min_score: int, drop_on_no: bool = True) -> list[str]:
         """Why the caption should be dropped; empty when it should stay (spec A9).
 
-        A score below `min_score` or a "No" in either dimension is a reason.
+        A score below `min_score` in either dimension is a reason, and so is a "No" if
+        `drop_on_no`.
         """
         found = []
         for name, score, yes in (("ita", self.ita, self.ita_yes), ("vir", self.vir, self.vir_yes)):
             if score < min_score:
                 found.append(f"{name}_score")
-            if not yes:
+            if drop_on_no and not yes:
                 found.append(f"{name}_no")
         return found
 

@@ -119,7 +119,10 @@ class Caption2(Section):
     """Caption filter by the judges (paper section 3.1.1)."""
 
     min_score: int = Field(3, ge=1, le=5)
-    """A caption is dropped if a score is lower or a judge says No. Paper section 3.1.1."""
+    """A caption is dropped if a score is lower. Paper section 3.1.1."""
+
+    drop_on_no: bool = True
+    """A judge's No drops a caption, too. Paper section 3.1.1."""
 
     batch_size: int = Field(64, ge=1)
     """Captions judged at once. Our choice."""
