@@ -9,6 +9,7 @@ from typing import Any
 import streamlit as st
 
 from dashboard import data, look
+from dashboard.selection import STAGE
 from sailyard.lineage import Ancestry, ArtifactNode, RunInfo, queries
 
 ARTIFACT = "artifact"
@@ -38,7 +39,7 @@ def page(run: RunInfo | None) -> None:
         look.nothing_yet("There is no run yet.", look.HOW_TO_RUN)
         return
     made = data.nodes_of_run(run.id)
-    linked = st.query_params.get(ARTIFACT, "")
+    linked = st.query_params.get(ARTIFACT, "") or _made_by(st.query_params.get(STAGE, ""), made)
     choices = list(made.items())
     if linked and linked not in made.values():
         try:
@@ -94,6 +95,17 @@ def within(graph: Ancestry, steps: int) -> Ancestry:
         tuple(edge for edge in graph.edges if {edge.source, edge.target} <= near),
         graph.truncated,
     )
+
+
+def _made_by(stage: str, made: dict[str, str]) -> str:
+    """The first thing a linked stage made; "" when no stage is linked or it made nothing yet."""
+    if not stage:
+        return ""
+    found = [digest for name, digest in made.items() if name.startswith(f"{stage}/")]
+    if not found:
+        st.info(f"{stage} has made nothing in this run yet; its state and log are on page Runs.")
+        return ""
+    return found[0]
 
 
 def _preferred(made: dict[str, str], choices: list[tuple[str, str]]) -> str:

@@ -136,6 +136,14 @@ def test_lineage_follows_a_link_across_runs(seeded: Seeded) -> None:
     assert f"?run={seeded.finished}&stage=post_training.mixed_rl" in text
 
 
+def test_lineage_opens_at_a_stage(seeded: Seeded) -> None:
+    """The link that Airflow shows on a task."""
+    test = open_page("lineage", run=seeded.finished, stage="post_training.soup")
+    assert test.subheader[0].value == "post_training.soup"
+    test = open_page("lineage", run=seeded.failed, stage=FAILED)
+    assert f"{FAILED} has made nothing in this run yet" in test.info[0].value
+
+
 def test_data_page_shows_reasons_and_both_sides(seeded: Seeded) -> None:
     text = text_of(open_page("funnel", run=seeded.finished))
     assert "90 captions came, 70 stayed (77.8%)" in text
