@@ -65,7 +65,7 @@ def build_policy(moe: bool = False) -> tuple[SailVLForConditionalGeneration, Sai
     return model, processor
 
 
-def save_guessing_policy(directory: Path, steps: int = 120, moe: bool = False) -> None:
+def save_guessing_policy(directory: Path, steps: int = 180, moe: bool = False) -> None:
     """Train the policy to be right every other time, and save it as a checkpoint."""
     model, processor = build_policy(moe)
     encoded = [
