@@ -262,7 +262,7 @@ def _path(body: bytes, loc: tuple[int | str, ...]) -> str:
     """
     try:
         data = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     path = ""
     for depth, step in enumerate(loc):

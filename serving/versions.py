@@ -109,9 +109,11 @@ class Versions:
                 log.info("loading %s (%s)", wanted.name, wanted.digest[:12])
                 served = await asyncio.to_thread(self._load, wanted)
             except Exception as error:  # a bad promotion must not take the good version down
-                self.last_error = f"{type(error).__name__}: {error}"
-                log.exception("the promoted version could not be loaded")
-                self.on_reload(False)
+                reason = f"{type(error).__name__}: {error}"
+                if reason != self.last_error:  # once, not at every look
+                    log.exception("the promoted version could not be loaded")
+                    self.on_reload(False)
+                self.last_error = reason
                 return False
             self.last_error = None
             old, self._current = self._current, served

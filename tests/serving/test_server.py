@@ -253,10 +253,15 @@ def test_bad_requests(client: OpenAI, options: dict[str, Any], words: str) -> No
         )
 
 
-def test_not_json(address: str) -> None:
-    response = httpx.post(f"{address}/v1/chat/completions", content=b"{")
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[" * 100_000, b"null", b'{"model": "\\ud800"}', b"\xff\xfe", b'{"messages": 1}'],
+    ids=["empty", "cut", "deep", "null", "surrogate", "not utf-8", "wrong type"],
+)
+def test_not_a_request(address: str, body: bytes) -> None:
+    response = httpx.post(f"{address}/v1/chat/completions", content=body)
     assert response.status_code == 400
-    assert "JSON" in response.json()["error"]["message"]
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_unknown_model_and_route(client: OpenAI, address: str) -> None:
