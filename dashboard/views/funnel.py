@@ -123,7 +123,12 @@ def _mixes(summaries: Mapping[str, Mapping[str, Any]]) -> None:
         st.caption("No mixture is made yet.")
         return
     rows = [
-        {"mix": name.removeprefix("curation.mix_"), "source": source, **counts}
+        {
+            "mix": name.removeprefix("curation.mix_"),
+            "input": source.partition("/")[0],
+            "source": source,
+            **counts,
+        }
         for name in names
         for source, counts in summaries[name].get("sources", {}).items()
     ]
@@ -133,7 +138,8 @@ def _mixes(summaries: Mapping[str, Mapping[str, Any]]) -> None:
         .encode(
             x=alt.X("drawn:Q", title="samples drawn", stack="zero"),
             y=alt.Y("mix:N", sort=None, title=None),
-            color=alt.Color("source:N", legend=alt.Legend(orient="top", title=None)),
+            color=alt.Color("input:N", legend=alt.Legend(orient="top", title=None)),
+            detail="source:N",
             tooltip=["mix:N", "source:N", "drawn:Q", "available:Q"],
         )
         .properties(height=alt.Step(32))

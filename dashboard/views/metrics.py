@@ -115,7 +115,7 @@ def _chart(
             rows.append({"run": run_id, "step": step, "value": value, "smoothed": mean})
     scale = alt.Scale(type="symlog" if log_scale else "linear", zero=False)
     base = alt.Chart(look.table(rows)).encode(
-        x=alt.X("step:Q", title="step"),
+        x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format="d")),
         color=alt.Color(
             "run:N",
             legend=alt.Legend(orient="bottom", title=None, labelLimit=320)
