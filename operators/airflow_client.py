@@ -14,7 +14,9 @@ class AirflowError(RuntimeError):
 class AirflowClient:
     """A client of one Airflow, logged in as the all-admins user of SimpleAuthManager."""
 
-    def __init__(self, base_url: str, timeout_s: float = 30.0) -> None:
+    def __init__(self, base_url: str, timeout_s: float = 150.0) -> None:
+        # Longer than Airflow itself waits for SQLite's lock (60 s), twice over: on a busy machine
+        # a request that is about to be answered must not end a run of many minutes.
         self.base_url = base_url
         # Loopback only: a proxy from the environment must not be asked.
         self._http = httpx.Client(base_url=base_url, timeout=timeout_s, trust_env=False)
