@@ -121,6 +121,7 @@ def test_interrupting_the_graph_stops_its_processes() -> None:
     run = short_run(yard, "world.num_text=3000000", stages=("curation.text",))
     begun = threading.Event()
     observer = GraphObserver(line=lambda stage, line: begun.set())
+    others = descendants(os.getpid())  # servers that other tests keep
 
     def interrupt() -> None:
         begun.wait(60)
@@ -134,7 +135,7 @@ def test_interrupting_the_graph_stops_its_processes() -> None:
             run_graph(yard, run, observer=observer)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert descendants(os.getpid()) == []
+    assert set(descendants(os.getpid())) <= set(others)
     result = stage_result(run.id, "curation.text", yard)
     assert result is not None
     assert result.status == "stopped"
