@@ -129,6 +129,8 @@ def language_config_of(
         "head_dim": section.head_dim,
         "max_position_embeddings": section.max_position_embeddings,
         "rms_norm_eps": section.rms_norm_eps,
+        # 0.02 is this at Qwen3's widths; at 128 it makes a network that barely starts to learn.
+        "initializer_range": section.hidden_size**-0.5,
         "tie_word_embeddings": section.tie_word_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(section.rope_theta)},
         "pad_token_id": tokenizer.pad_token_id,

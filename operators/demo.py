@@ -186,7 +186,7 @@ class Demo:
                 self._airflow.environment,
                 self._home / "logs" / "endpoint.log",
             )
-            self._wait_until_up(f"http://127.0.0.1:{self._endpoint_port}/health", "the endpoint")
+            self._wait_until_up(f"http://127.0.0.1:{self._endpoint_port}/ready", "the endpoint")
 
     def _wait_until_up(self, url: str, what: str) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S

@@ -11,6 +11,7 @@ import torch
 from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.processor import Encoded
 from sailyard.recipe import TrainRecipe
+from training.muon import Muon
 from training.packing import collate_rows, shares_of_turns
 
 
@@ -39,21 +40,27 @@ class Engine:
     def __init__(self, model: SailVLForConditionalGeneration, recipe: TrainRecipe) -> None:
         self.model, self.recipe = model, recipe
         freeze_except(model, recipe.trainable)
-        self.optimizer = torch.optim.AdamW(
-            self._groups(), lr=recipe.lr, betas=recipe.betas, fused=True
-        )
+        kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
+        self.optimizer = kind(self._groups(), lr=recipe.lr, betas=recipe.betas, fused=True)
         self.autocast = recipe.dtype == "bfloat16"
 
     def _groups(self) -> list[dict[str, object]]:
-        """Per part: matrices with weight decay, vectors (norms, biases) without."""
+        """Per part: hidden matrices, embeddings (both with weight decay), vectors (without).
+
+        Matrices and embeddings differ for Muon only.
+        """
         groups: list[dict[str, object]] = []
         for part, module in self.model.parts().items():
             rates = {str(name): rate for name, rate in self.recipe.part_lr.items()}
             lr_scale = rates.get(part, self.recipe.lr) / self.recipe.lr
-            parameters = [p for p in module.parameters() if p.requires_grad]
+            learning = [p for p in module.parameters() if p.requires_grad]
+            tables = {id(p) for p in _embeddings(module)}
+            hidden = [p for p in learning if p.dim() == 2 and id(p) not in tables]
+            other = [p for p in learning if p.dim() > 2 or id(p) in tables]
             for decay, chosen in (
-                (self.recipe.weight_decay, [p for p in parameters if p.dim() >= 2]),
-                (0.0, [p for p in parameters if p.dim() < 2]),
+                (self.recipe.weight_decay, hidden),
+                (self.recipe.weight_decay, other),
+                (0.0, [p for p in learning if p.dim() < 2]),
             ):
                 if chosen:
                     groups.append(
@@ -62,6 +69,7 @@ class Engine:
                             "weight_decay": decay,
                             "name": part,
                             "lr_scale": lr_scale,
+                            "muon": chosen is hidden and self.recipe.optimizer == "muon",
                         }
                     )
         if not groups:
@@ -153,6 +161,13 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+
+def _embeddings(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """Token and position tables, and an output head that is not tied to them."""
+    for name, child in module.named_modules():
+        if isinstance(child, torch.nn.Embedding) or name.endswith("lm_head"):
+            yield from child.parameters()
 
 
 def _accumulate(

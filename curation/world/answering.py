@@ -89,6 +89,10 @@ def _where(truth: Truth, groups: Sequence[str]) -> str | None:
     return CELLS[thing["cell"]] if thing else None
 
 
+def _inventory(truth: Truth, groups: Sequence[str]) -> str:
+    return ", ".join(f"{CELLS[t['cell']]}: {t['colour']} {t['shape']}" for t in truth["things"])
+
+
 def _exists(truth: Truth, groups: Sequence[str]) -> str:
     return _yes(any((t["colour"], t["shape"]) == tuple(groups) for t in truth["things"]))
 
@@ -154,6 +158,7 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
             _box,
         ),
         _rule(rf"(?:Where is|In which place is) the {_C} {_S}\?", _where),
+        _rule(r"Name things by place\.", _inventory),
     ),
     "word": (
         _rule(

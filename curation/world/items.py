@@ -89,9 +89,20 @@ def caption_of(subject: Subject, rng: np.random.Generator) -> str:
     return captions.caption_motion(subject)
 
 
+# At most this many questions about one picture of a source, the skill's own first: every further
+# one is asked of a picture already known and takes the place of a new picture. Our choice.
+MAX_QUESTIONS = {
+    DigitImage: 3,
+    WordImage: 2,
+    PhotoCrop: 1,
+    Motion: 2,
+}
+
+
 def questions_of(subject: Subject, rng: np.random.Generator, num: int) -> list[QA]:
     """Up to `num` different questions about a subject, in random order."""
     q = questions
+    num = min(num, MAX_QUESTIONS.get(type(subject), num))
     found: list[QA | None]
     if isinstance(subject, Scene):
         return q.scene_questions(subject, rng, num)
@@ -100,19 +111,18 @@ def questions_of(subject: Subject, rng: np.random.Generator, num: int) -> list[Q
             q.ask_sum(subject, rng),
             q.ask_digit(subject, rng),
             q.ask_digit(subject, rng),
-            q.ask_larger(subject, rng),
-            q.ask_digit_check(subject, rng),
+            pick(rng, (q.ask_larger, q.ask_digit_check))(subject, rng),
         ]
     elif isinstance(subject, DigitImage):
         found = [q.ask_digit(subject, rng), q.ask_digit_check(subject, rng)]
     elif isinstance(subject, WordImage):
-        found = [q.ask_word(subject, rng), *q.ask_word_extra(subject, rng)]
+        found = [q.ask_word(subject, rng), pick(rng, q.ask_word_extra(subject, rng))]
     elif isinstance(subject, Chart):
         found = list(chart_questions(subject, rng, num))
     elif isinstance(subject, PhotoCrop):
         found = [q.ask_photo(subject, rng), q.ask_photo_check(subject, rng)]
     else:
-        found = [q.ask_motion(subject, rng), *q.ask_motion_extra(subject, rng)]
+        found = [q.ask_motion(subject, rng), pick(rng, q.ask_motion_extra(subject, rng))]
     different = {qa.question: qa for qa in found if qa is not None}
     out = list(different.values())[:num]
     return [out[int(i)] for i in rng.permutation(len(out))]

@@ -229,6 +229,12 @@ def ask_where(scene: Scene, rng: np.random.Generator) -> QA | None:
     return QA(question, CELLS[thing.cell], "exact", "relation", "where")
 
 
+def ask_inventory(scene: Scene, rng: np.random.Generator) -> QA:
+    """What lies where, place first, in reading order: dense supervision for looking at a place."""
+    answer = ", ".join(f"{CELLS[t.cell]}: {t.name}" for t in scene.things)
+    return QA("Name things by place.", answer, "exact", "colour", "inventory")
+
+
 def ask_word(item: WordImage, rng: np.random.Generator) -> QA:
     question = pick(rng, (
         "What word is written here?", "Read the word.", "Which word does the image show?",
@@ -366,6 +372,7 @@ SCENE_ASKERS: dict[str, Callable[[Scene, np.random.Generator], QA | None]] = {
     "relation": ask_relation,
     "box": ask_box,
     "where": ask_where,
+    "inventory": ask_inventory,
 }
 
 

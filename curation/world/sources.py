@@ -103,13 +103,13 @@ def raw_clips(num: int, rng: np.random.Generator, image_size: int) -> Iterator[S
 # Named sources and their shares, our choice. "noisy" answers at random, "redundant" asks the same
 # few things again and again; both must be noticed by curation, not known to it.
 INSTRUCTION_SOURCES = {
-    "instruct-scenes": 0.34,
-    "instruct-reading": 0.16,
+    "instruct-scenes": 0.28,
+    "instruct-reading": 0.28,
     "instruct-charts": 0.1,
-    "instruct-photos": 0.06,
+    "instruct-photos": 0.08,
     "instruct-reasoning": 0.12,
-    "instruct-noisy": 0.1,
-    "instruct-redundant": 0.12,
+    "instruct-noisy": 0.07,
+    "instruct-redundant": 0.07,
 }
 
 # The redundant source holds this many different samples, each many times.

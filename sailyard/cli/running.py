@@ -54,10 +54,8 @@ def run(
                 on_hash=on_hash,
             )
     loaded = load_run(run_id, yard)
-    # Asked to end from outside is Ctrl-C by another name: stages live in sessions of their own
-    # and would outlive this process.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Told to end, or its terminal closed, it stops its stages, as for Ctrl-C.
+    # Told to end, or its terminal closed, is Ctrl-C by another name: stages live in sessions of
+    # their own and would outlive this process.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     with GraphView(yard, loaded, quiet=as_json) as view:

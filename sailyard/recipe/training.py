@@ -55,6 +55,10 @@ class Optimization(Section):
 class TrainRecipe(Optimization):
     """One supervised stage."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for all; muon for hidden matrices with adamw for embeddings and vectors, at the same
+    learning rate. The paper is silent; our choice."""
+
     part_lr: dict[Part, float] = Field({})
     """Peak learning rate of single parts instead of lr. The paper is silent; our choice: none."""
 
@@ -235,6 +239,17 @@ class RLRecipe(Optimization):
     """Multiply answer and thought instead of adding them: (1 - format_weight) x answer x think
     + format_weight x format. SAIL-RL section 3.3."""
 
+    overlong_buffer: int = Field(0, ge=0)
+    """Last tokens of max_new_tokens over which a penalty on length grows from 0 to 1; 0 for none.
+    DAPO section 3.4; the paper is silent; our choice: none."""
+
+    judge_api_base: str = ""
+    """OpenAI-compatible API of the model that judges thoughts and open answers which no rule can;
+    its key is the environment variable OPENAI_API_KEY. Empty: prompts that need one are refused."""
+
+    judge_api_model: str = ""
+    """Name of the judging model there. The paper does not name its judge."""
+
     dynamic_sampling: bool = True
     """Leave out groups whose rewards are all equal and sample others. DAPO; paper silent."""
 
@@ -248,6 +263,13 @@ class RLRecipe(Optimization):
                 f"clip_low {self.clip_low} exceeds clip_high {self.clip_high}; the paper's are "
                 "0.20 and 0.28"
             )
+        if self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(
+                f"overlong_buffer {self.overlong_buffer} exceeds max_new_tokens "
+                f"{self.max_new_tokens}"
+            )
+        if bool(self.judge_api_base) != bool(self.judge_api_model):
+            raise ValueError("judge_api_base and judge_api_model go together: set both or neither")
         total = self.answer_weight + self.think_weight + self.format_weight
         if abs(total - 1.0) > 1e-6:
             raise ValueError(

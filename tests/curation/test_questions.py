@@ -31,7 +31,7 @@ SCENE = Scene(
 def test_every_generated_answer_is_the_answer(source: str) -> None:
     rng = np.random.default_rng(1)
     asked = 0
-    for _ in range(120):
+    for _ in range(240):
         subject = sample_subject(source, rng)
         for qa in questions_of(subject, rng, 8):
             asked += 1
@@ -56,6 +56,10 @@ def test_every_generated_answer_is_the_answer(source: str) -> None:
         ("Is the red circle above the blue square?", "yes"),
         ("Does the red square lie to the left of the red circle?", "no"),
         ("Where is the blue square?", "center"),
+        (
+            "Name things by place.",
+            "top left: red circle, center: blue square, bottom right: red square",
+        ),
         ("What is the box of the red circle?", "<box>(50,50),(290,290)</box>"),
         ("What is the meaning of it all?", None),
         ("<image>\nCount the objects.\nAnswer the question using a single word.", "3"),

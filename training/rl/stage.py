@@ -7,6 +7,7 @@ are in a checkpoint, so a killed stage resumes to the same final weights.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from model.modeling import part_digests
 from sailyard.recipe import RLRecipe
 from sailyard.stage import StageContext, StopRequested
 from training.checkpointing import load_state, save_state
+from training.rl.api_judge import ApiJudge
 from training.rl.judges import RoutingJudge
 from training.rl.losses import group_advantages
 from training.rl.policy import Policy, Response, UpdateStats, encode_response
@@ -55,7 +57,7 @@ def run_mixed(ctx: StageContext) -> None:
 
 def _run(ctx: StageContext) -> None:
     recipe: RLRecipe = ctx.section(ctx.stage_name)
-    run = ReinforcementRun(ctx, recipe)
+    run = ReinforcementRun(ctx, recipe, _api_judge(recipe))
     ctx.summary(**run.run())
     output = ctx.output("checkpoint")
     save_model(output, run.policy.model, run.processor)
@@ -84,11 +86,17 @@ class RunState:
     digests_before: dict[str, str] = field(default_factory=dict)
 
 
+def _api_judge(recipe: RLRecipe) -> Judge | None:
+    if not recipe.judge_api_base:
+        return None
+    key = os.environ.get("OPENAI_API_KEY", "none")  # servers without keys take any
+    return ApiJudge(recipe.judge_api_base, recipe.judge_api_model, key)
+
+
 class ReinforcementRun:
     """One stage of reinforcement learning on a set of prompts.
 
     judge_model judges what no rule can; without it, prompts that need one are refused.
-    overlong_buffer: see `overlong_penalty`; 0 for none.
     """
 
     def __init__(
@@ -96,7 +104,6 @@ class ReinforcementRun:
         ctx: StageContext,
         recipe: RLRecipe,
         judge_model: Judge | None = None,
-        overlong_buffer: int = 0,
     ) -> None:
         torch.set_num_threads(recipe.threads)
         self.ctx, self.recipe = ctx, recipe
@@ -112,7 +119,7 @@ class ReinforcementRun:
             recipe.rollouts_per_prompt,
             recipe.max_new_tokens,
             recipe.temperature,
-            overlong_buffer,
+            recipe.overlong_buffer,
         )
         self.state = RunState(digests_before=part_digests(model))
 
