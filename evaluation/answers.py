@@ -20,7 +20,7 @@ BOX_IOU = 0.5  # RefCOCO's convention; the paper does not name its threshold (sp
 MATH_SECONDS = 5  # a hostile expression must not hang a rollout
 
 # Skills whose answer takes steps; every other skill is perception (spec 3.9 treats them apart).
-REASONING_SKILLS = ("count", "relation", "sum")
+REASONING_SKILLS = ("count", "existence", "relation", "sum")
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _BOXED = "\\boxed{"

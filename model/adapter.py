@@ -43,13 +43,6 @@ class Adapter(nn.Sequential):
         )
         self.downsample = downsample
 
-    def reset_parameters(self) -> None:
-        """Weights of variance 1 / fan-in, so that fresh visual tokens are of the size of words."""
-        for layer in self:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-                nn.init.zeros_(layer.bias)
-
     def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
         """[num_tiles, num_patches, vision_width] -> [num_tiles, num_cells, language_width]."""
         visual_tokens: torch.Tensor = super().forward(merge_patches(features_NPD, self.downsample))

@@ -90,7 +90,6 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SailVLForConditionalGeneration._from_config(config, attn_implementation=ATTENTION)
-        model.mlp1.reset_parameters()
     if isinstance(vision, PreTrainedModel):
         model.vision_model.load_state_dict(vision.state_dict())
     if isinstance(language, PreTrainedModel):

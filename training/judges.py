@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,10 +147,10 @@ def draw_evenly(scores: Mapping[int, int], total: int, rng: np.random.Generator)
 
 
 def training_samples(
-    reader: SampleReader, positions: Sequence[int], num_train: int, seed: int
+    reader: SampleReader, positions: Sequence[int], totals: Mapping[str, int], seed: int
 ) -> Iterator[Sample]:
-    """Judge items: for each dimension `num_train` captions, each put to both of its judges."""
-    for index, dimension in enumerate(DIMENSIONS):
+    """Judge items: for each dimension its total of captions, each put to both of its judges."""
+    for index, (dimension, num_train) in enumerate(totals.items()):
         rng = np.random.default_rng([seed, 2, index])
         scores = {position: int(reader[position].meta[dimension]) for position in positions}
         for number, position in enumerate(draw_evenly(scores, num_train, rng)):
@@ -244,7 +245,8 @@ def run(ctx: StageContext) -> None:
     train, heldout = split(reader, recipe.heldout_fraction, ctx.seed)
     data = ctx.scratch() / "judge-items"
     shutil.rmtree(data, ignore_errors=True)  # a killed run may have left half of them
-    write_samples(data, training_samples(reader, train, recipe.num_train, ctx.seed))
+    totals = {"ita": recipe.num_train, "vir": math.ceil(recipe.num_train * recipe.vir_fraction)}
+    write_samples(data, training_samples(reader, train, totals, ctx.seed))
     model, processor = load_model(ctx.input("captioner"))
     before = measure_judges(model, processor, [reader[p] for p in heldout])
     figures = SupervisedRun(ctx, model, processor, recipe, {"judges": data}).run()

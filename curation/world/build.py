@@ -16,6 +16,7 @@ from curation.world.items import (
     render,
     sample_subject,
 )
+from curation.world.questions import yes_no
 from curation.world.scene import pick_weighted
 from curation.world.tags import tags
 from sailyard.samples import SKILLS, Sample
@@ -61,8 +62,14 @@ def reference_samples(
 
 
 def heldout_samples(per_skill: int, rng: np.random.Generator, image_size: int) -> Iterator[Sample]:
-    """`per_skill` single questions for every skill, on layouts that training never sees."""
+    """`per_skill` single questions for every skill, on layouts that training never sees.
+
+    Of yes-no questions every other one is to be answered with yes: who always says the same is
+    right half the time.
+    """
     for skill in SKILLS:
         for i in range(per_skill):
             subject, qa = ask_skill(skill, rng, heldout=True)
+            while qa.answer in ("yes", "no") and qa.answer != yes_no(i % 2 == 0):
+                subject, qa = ask_skill(skill, rng, heldout=True)
             yield qa_sample(f"heldout-{skill}-{i:05d}", render(subject, image_size), [qa])

@@ -105,6 +105,10 @@ class JudgesRecipe(TrainRecipe):
     num_train: int = Field(500_000, ge=1)
     """Scored captions to train on, resampled evenly over scores. Paper section 3.1.1."""
 
+    vir_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of num_train that the VIR judges see: how much a caption says can be learned from fewer
+    examples than whether it is true. The paper trains on as many; our choice: 1."""
+
     heldout_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the scored captions kept to measure the judges. Our choice."""
 

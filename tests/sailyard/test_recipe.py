@@ -171,7 +171,7 @@ def test_unknown_field_in_a_file_is_named_the_same_way(tmp_path: Path) -> None:
         ("alignment.warmup.trainable=[]", r"alignment\.warmup: trainable is empty"),
         ("alignment.warmup.trainable=[vit]", r"alignment\.warmup\.trainable\.0: .*'vision'"),
         ("alignment.warmup.trainable=[adapter, adapter]", "names a part twice"),
-        ("alignment.warmup.micro_batch_size=3", "micro_batch_size 3 does not divide batch_size 4"),
+        ("alignment.warmup.micro_batch_size=3", "micro_batch_size 3 does not divide batch_size 2"),
         ("alignment.warmup.part_lr={language: 1e-4}", r"part_lr names \['language'\]"),
         ("alignment.warmup.weights={captions: 0}", "all zero"),
         ("alignment.warmup.seq_len=4096", r"alignment\.warmup\.seq_len 4096 exceeds"),
