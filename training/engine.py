@@ -14,6 +14,9 @@ from sailyard.recipe import TrainRecipe
 from training.muon import Muon
 from training.packing import collate_rows, shares_of_turns
 
+# A token weighs (1 / length of its answer) to this power.
+POWERS = {"token": 0.0, "sample": 0.0, "square": 0.5, "turn": 1.0}
+
 
 class NonFiniteLoss(FloatingPointError):
     """The loss or gradient of a step is not a number; the message names the step's samples."""
@@ -87,7 +90,7 @@ class Engine:
         """
         self.model.train()
         num_labels = sum(int(e.loss_mask[1:].sum()) for row in rows for e in row)
-        denominator = self._denominator(rows, num_labels)
+        denominator = self._denominator(rows)
         totals: dict[int, list[float]] = {}
         aux_total = 0.0
         num_micro = math.ceil(len(rows) / self.recipe.micro_batch_size)
@@ -111,13 +114,13 @@ class Engine:
             num_labels=num_labels,
         )
 
-    def _denominator(self, rows: Sequence[Sequence[Encoded]], num_labels: int) -> float:
-        """What the summed loss of a global batch is divided by."""
-        if self.recipe.loss_norm == "token":
-            return num_labels
+    def _denominator(self, rows: Sequence[Sequence[Encoded]]) -> float:
+        """What the weighted loss of a global batch is divided by."""
         if self.recipe.loss_norm == "sample":
             return sum(len(row) for row in rows)
-        return sum(float(shares_of_turns(e.loss_mask).sum()) for row in rows for e in row)
+        shares = [shares_of_turns(e.loss_mask) for row in rows for e in row]
+        power = POWERS[self.recipe.loss_norm]
+        return sum(float((share[share > 0] ** power).sum()) for share in shares)
 
     def _micro_batches(
         self, rows: Sequence[Sequence[Encoded]], sources: Sequence[Sequence[int]]
@@ -145,12 +148,9 @@ class Engine:
         table = torch.zeros(len(rows), width, dtype=torch.long)
         for r, row in enumerate(sources):
             table[r, 1 : len(row) + 1] = torch.tensor(row)
-        losses = output.loss_per_token
-        if self.recipe.loss_norm == "turn":
-            weights = batch["turn_shares"][output.label_rows, output.label_cols]
-        else:
-            weights = torch.ones_like(losses)
-        return losses, weights, table[output.label_rows, segments], output.aux_loss
+        shares = batch["turn_shares"][output.label_rows, output.label_cols]
+        weights = shares ** POWERS[self.recipe.loss_norm]
+        return output.loss_per_token, weights, table[output.label_rows, segments], output.aux_loss
 
     def _update(self, lr: float) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
