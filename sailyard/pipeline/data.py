@@ -10,7 +10,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.ingest",
             "curation.ingest:run",
-            1,
+            2,
             outputs=("captions", "reference", "video", "instruction", "rl_pool", "quarantine"),
             sections=("world", "data", "model.vision"),
             doc="Render the small world, take user data in, quarantine what is broken.",
@@ -18,7 +18,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.heldout",
             "curation.heldout:run",
-            1,
+            2,
             outputs=("heldout",),
             sections=("world", "model.vision"),
             doc="Questions per skill on layouts that training never sees.",
@@ -26,7 +26,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.text",
             "curation.text:run",
-            1,
+            2,
             outputs=("text",),
             sections=("world",),
             doc="Pure text that grows and preserves the language model.",
@@ -49,7 +49,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.judges",
             "training.judges:run",
-            1,
+            2,
             inputs={"scores": "curation.caption_scores/scores", "captioner": captioner},
             outputs=("judges",),
             sections=("curation.judges", "model"),
@@ -80,7 +80,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.vqa",
             "curation.vqa:run",
-            1,
+            2,
             inputs={"captions": "curation.caption2/captions"},
             outputs=("vqa",),
             sections=("curation.vqa",),
