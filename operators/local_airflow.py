@@ -24,8 +24,7 @@ class AirflowStartError(RuntimeError):
 def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, str]:
     """The variables that make the four components one small private Airflow.
 
-    Few processes and short sleeps: a stage of the tiny recipe takes seconds, so the hand-over
-    between tasks counts, and the memory belongs to the stages.
+    Few processes that sleep when they have nothing to do: cores and memory belong to the stages.
     """
     url = f"http://127.0.0.1:{port}"
     airflow = {
@@ -51,7 +50,8 @@ def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, s
         # Training keeps every core busy; a late answer or heartbeat is no reason to give up.
         "WORKERS__EXECUTION_API_TIMEOUT": "60",
         "WORKERS__MAX_FAILED_HEARTBEATS": "10",
-        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.1",
+        # At a tenth of a second the scheduler alone kept a quarter of a core busy.
+        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "1",
         "SCHEDULER__ENABLE_HEALTH_CHECK": "False",
         # A killed demo leaves running tasks behind; the next one must not wait minutes for them.
         "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
