@@ -103,7 +103,8 @@ class Planted:
 
 
 def test_sources_join_one_by_one_and_must_help_or_hold() -> None:
-    recipe = micro_recipe().curation.instruction2
+    limits = {"min_quality": 0.8, "min_gain": 0.0}
+    recipe = micro_recipe().curation.instruction2.model_copy(update=limits)
     planted = Planted(
         {"best": 1.0, "helps": 0.95, "hurts": 0.9, "holds": 0.85, "wrong": 0.4},
         {"helps": (0.02, 0.01), "hurts": (-0.03, 0.01), "holds": (-0.005, 0.01)},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.world.build import heldout_samples, reference_samples
+from curation.world.build import MAX_TURNS, MIN_TURNS, heldout_samples, reference_samples
 from curation.world.digits import sample_digits
 from curation.world.draw import encode
 from curation.world.items import SOURCES, ask_skill, render, sample_subject
@@ -141,7 +141,7 @@ def test_reference_gives_one_dense_question_sample_and_one_caption_per_image() -
     for asked, described in zip(samples[::2], samples[1::2], strict=True):
         assert asked.images == described.images
         turns = [m for m in asked.messages if m["role"] == "user"]
-        assert 6 <= len(turns) <= 8
+        assert MIN_TURNS <= len(turns) <= MAX_TURNS
         assert len({t["content"] for t in turns}) == len(turns)
         assert described.task == "caption"
         assert len(described.messages) == 2
@@ -195,3 +195,10 @@ def test_text_corpus_teaches_thinking_and_keeps_heldout_out() -> None:
     for sample in thinking:
         assert sample.messages[1]["content"].startswith("<think>")
         assert "</think>\n\\boxed{" in sample.messages[1]["content"]
+
+
+def test_heldout_yes_no_questions_are_half_yes() -> None:
+    samples = list(heldout_samples(10, np.random.default_rng(3), SIZE))
+    for skill in ("existence", "relation"):
+        answers = [s.meta["answer"] for s in samples if s.meta["skill"] == skill]
+        assert answers.count("yes") == answers.count("no") == 5
