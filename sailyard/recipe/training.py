@@ -92,11 +92,10 @@ class TrainRecipe(Optimization):
     """Relative weight of each dataset input in the stream; inputs not named weigh as many as they
     hold samples. Our choice."""
 
-    loss_norm: Literal["token", "square", "turn", "sample"] = "token"
+    loss_norm: Literal["token", "turn", "sample"] = "token"
     """Mean over labelled tokens (token); mean over answers of their token means, so that a one-word
-    answer weighs as much as a caption (turn); half-way between, an answer of n tokens weighing
-    sqrt(n), as InternVL2.5's square averaging (square); or mean over samples of their token sums,
-    as the equations of paper section 4.2 are written (sample). Our choice: token."""
+    answer weighs as much as a caption (turn); or mean over samples of their token sums, as the
+    equations of paper section 4.2 are written (sample). Our choice: token."""
 
     look_ahead: int = Field(256, ge=1)
     """Samples the packer holds to choose from. The paper names a buffer, not its size; our
