@@ -26,7 +26,7 @@ def evaluation_stages(gpus: int) -> list[Stage]:
         Stage(
             "evaluation.suite",
             "evaluation.suite:run",
-            1,
+            2,
             inputs={"heldout": "curation.heldout/heldout", **checkpoints},
             outputs=("report",),
             sections=("evaluation.suite", "model"),
