@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from operators.local_airflow import LocalAirflow
-from operators.processes import Services, marked_processes
+from operators.processes import Services, marked_processes, tail
 from sailyard.runs import stage_state
 from sailyard.settings import Settings
 from sailyard.yard import Yard
@@ -83,6 +83,12 @@ def test_cancelling_a_task_ends_its_processes(airflow: LocalAirflow, yard: Yard)
     client.fail_run("sail_vl2", run_id)
 
 
+def finished_tasks(airflow: LocalAirflow) -> str:
+    """The scheduler's own lines on tasks whose process it saw end."""
+    lines = (airflow.logs / "scheduler.log").read_text(errors="replace").splitlines()
+    return "\n".join(line for line in lines if "TaskInstance Finished" in line)
+
+
 def log_of(airflow: LocalAirflow, run_id: str) -> str:
     if task_states(airflow, "sail_vl2", run_id)[TASK] != "running":
         return ""
@@ -112,9 +118,14 @@ def test_a_version_is_promoted_when_a_human_approves(
 
     # Airflow fails a task that is queued again before the scheduler has noticed that its first
     # process ended. No human answers that fast.
-    time.sleep(5)
+    wait_for("the pause", lambda: f"task_id=approve, run_id={run_id}," in finished_tasks(airflow))
     client.answer_approval("promote", run_id, "approve", answer)
     wait_for("the end", lambda: client.run_state("promote", run_id) in ("success", "failed"))
-    assert task_states(airflow, "promote", run_id)["promote"] == promote
+    states = task_states(airflow, "promote", run_id)
+    assert states["promote"] == promote, (
+        states,
+        client.task_log("promote", run_id, "approve", 1),
+        tail(airflow.logs / "scheduler.log"),
+    )
     current = yard.registry.current("production")
     assert (current.ref if current else None) == served
