@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from curation.world import questions
-from curation.world.answering import answer_question
+from curation.world.answering import agrees, answer_question
 from curation.world.digits import DigitImage
 from curation.world.grammar import Claims, parse_caption
 from curation.world.motion import Motion
@@ -154,7 +154,7 @@ def run(ctx: StageContext) -> None:
                 tally["questions"] += 1
                 if truth is not None:
                     tally["checked"] += 1
-                    tally["right"] += qa.answer == answer_question(qa.question, truth)
+                    tally["right"] += agrees(qa.answer, answer_question(qa.question, truth))
             yield vqa_sample(sample, qas)
 
     count = write_samples(ctx.output("vqa"), samples())

@@ -114,7 +114,7 @@ def build_from_recipe(
         seed: of everything random.
     """
     moe = section.language.moe
-    return build_model(
+    model = build_model(
         vision if vision is not None else vision_config_of(section.vision),
         language if language is not None else language_config_of(section.language, tokenizer),
         image_token_id=tokenizer.get_vocab()[IMG_CONTEXT],
@@ -122,6 +122,22 @@ def build_from_recipe(
         router_global_balance=moe is None or moe.global_balance,
         seed=seed,
     )
+    if language is None:
+        silence_branches(model.language_model)
+    return model
+
+
+@torch.no_grad()
+def silence_branches(language: PreTrainedModel) -> None:
+    """Zero what every attention and MLP branch adds to the residual stream of a fresh decoder.
+
+    Embeddings then reach the last layer undisturbed, and a branch speaks once it has something to
+    say. Our choice: with random branches a 4-layer decoder took ten times as many steps to look
+    up what lies at a named place (docs/log.md).
+    """
+    for name, parameter in language.named_parameters():
+        if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
+            parameter.zero_()
 
 
 def save_model(

@@ -86,4 +86,5 @@ def run_vision(ctx: StageContext) -> None:
 def _texts(directory: Path) -> Iterator[str]:
     for sample in read_samples(directory):
         for message in sample.messages:
+            yield message["role"]  # one token each: they stand in every turn
             yield message["content"]

@@ -1,9 +1,10 @@
 """The bootstrap tower's first lesson: naming what an image shows, before any language.
 
-A linear head reads the patch features (all of them in order, and their mean) and predicts the
-image's tags, each by its own sigmoid; the head is thrown away. On two cores this makes colours,
-shapes, digits and words linearly readable in about two minutes, where captioning from random
-weights had learnt none of them after five (docs/log.md).
+Two linear heads predict the image's tags, each by its own sigmoid, and are thrown away. One reads
+all patches in order and their mean: on two cores that makes colours, shapes, digits and words
+readable in about two minutes, where captioning from random weights had learnt none of them after
+five. The other reads one visual token at a time and must name the place as well, so every token
+learns to say where it stands: what a decoder needs to look at a place (docs/log.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from model.adapter import merge_patches
 from model.processor import SailVLProcessor
 from model.tiling import to_pixels
 from model.vision import SailViT
@@ -31,23 +33,30 @@ HELDOUT_SHARE = 0.05
 
 
 class Tagger(nn.Module):
-    """A tower and a linear head over its patches."""
+    """A tower with a linear head over all its patches and one over single visual tokens."""
 
-    def __init__(self, vision: SailViT, num_tags: int) -> None:
+    def __init__(self, vision: SailViT, num_tags: int, downsample: int) -> None:
         super().__init__()
         self.vision = vision
+        self.downsample = downsample
         width = vision.config.hidden_size
         self.head = nn.Linear(width * (vision.config.num_patches + 1), num_tags)
-        nn.init.zeros_(self.head.weight)
-        nn.init.constant_(self.head.bias, -4.0)  # most tags are absent
+        self.token_head = nn.Linear(width * downsample**2, num_tags)
+        # Most tags are absent, and rarer still at one token.
+        for head, bias in ((self.head, -4.0), (self.token_head, -6.0)):
+            nn.init.zeros_(head.weight)
+            nn.init.constant_(head.bias, bias)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[B, 3, S, S] pixels -> [B, num_tags] logits."""
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, 3, S, S] pixels -> [B, num_tags] logits of the image, and of its tokens together.
+
+        A tag counts as named when any token names it: the logits of the tokens, each without its
+        neighbours, joined by logsumexp.
+        """
         features = self.vision.encode(pixel_values)
-        logits: torch.Tensor = self.head(
-            torch.cat([features.flatten(1), features.mean(dim=1)], dim=1)
-        )
-        return logits
+        whole = self.head(torch.cat([features.flatten(1), features.mean(dim=1)], dim=1))
+        tokens = self.token_head(merge_patches(features, self.downsample))
+        return whole, tokens.logsumexp(dim=1)
 
 
 class TaggedImages:
@@ -89,7 +98,7 @@ def pretrain_tower(
     """
     latest = ctx.checkpoints.latest()
     data = TaggedImages(reference, processor.image_size)
-    tagger = Tagger(vision, len(data.vocabulary)).train()
+    tagger = Tagger(vision, len(data.vocabulary), processor.downsample).train()
     optimizer = torch.optim.AdamW(
         tagger.parameters(),
         lr=recipe.lr,
@@ -135,8 +144,11 @@ def _step(
     factor = lr_factor(step, recipe.steps, schedule="cosine", warmup_ratio=0.05, min_lr_ratio=0.05)
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr * factor
-    loss = F.binary_cross_entropy_with_logits(tagger(pixels), targets, reduction="sum")
-    loss = loss / recipe.batch_size
+    losses = (
+        F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        for logits in tagger(pixels)
+    )
+    loss = torch.stack(list(losses)).sum() / recipe.batch_size
     loss.backward()
     torch.nn.utils.clip_grad_norm_(tagger.parameters(), recipe.clip_norm)
     optimizer.step()
@@ -151,7 +163,7 @@ def _heldout_recall(tagger: Tagger, data: TaggedImages) -> dict[str, float]:
     hits: dict[str, list[int]] = {}
     for start in range(0, len(rows), 128):
         pixels, targets = data.batch(rows[start : start + 128])
-        found = (tagger(pixels) > 0) & (targets > 0)
+        found = (tagger(pixels)[0] > 0) & (targets > 0)
         for column, tag in enumerate(data.vocabulary):
             place = tag.split(":")[0]
             entry = hits.setdefault("cell" if place.isdigit() else place, [0, 0])

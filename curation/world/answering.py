@@ -23,6 +23,11 @@ _P = "(?:at|in) the (" + "|".join(sorted(CELLS, key=len, reverse=True)) + ")"
 _REL = "(to the left of|to the right of|above|below)"
 
 
+def agrees(answer: str, truth: str | None) -> bool:
+    """Whether an answer is the true one; a list may come in any order."""
+    return truth is not None and sorted(answer.split(", ")) == sorted(truth.split(", "))
+
+
 def answer_question(question: str, truth: Truth) -> str | None:
     """The answer by the truth of `Sample.meta["scene"]`; None where the words or truth allow none.
 

@@ -230,8 +230,9 @@ def ask_where(scene: Scene, rng: np.random.Generator) -> QA | None:
 
 
 def ask_inventory(scene: Scene, rng: np.random.Generator) -> QA:
-    """What lies where, place first, in reading order: dense supervision for looking at a place."""
-    answer = ", ".join(f"{CELLS[t.cell]}: {t.name}" for t in scene.things)
+    """What lies where, place first, in any order: dense supervision for looking at a place."""
+    things = [scene.things[int(i)] for i in rng.permutation(len(scene.things))]
+    answer = ", ".join(f"{CELLS[t.cell]}: {t.name}" for t in things)
     return QA("Name things by place.", answer, "exact", "colour", "inventory")
 
 

@@ -10,7 +10,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.ingest",
             "curation.ingest:run",
-            2,
+            3,
             outputs=("captions", "reference", "video", "instruction", "rl_pool", "quarantine"),
             sections=("world", "data", "model.vision"),
             doc="Render the small world, take user data in, quarantine what is broken.",
@@ -26,7 +26,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.text",
             "curation.text:run",
-            2,
+            3,
             outputs=("text",),
             sections=("world",),
             doc="Pure text that grows and preserves the language model.",
@@ -80,7 +80,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.vqa",
             "curation.vqa:run",
-            2,
+            3,
             inputs={"captions": "curation.caption2/captions"},
             outputs=("vqa",),
             sections=("curation.vqa",),

@@ -12,7 +12,7 @@ def bootstrap_stages(gpus: int) -> list[Stage]:
         Stage(
             "bootstrap.language",
             "training.bootstrap:run_language",
-            2,
+            3,
             inputs={"text": "curation.text/text"},
             outputs=("language",),
             sections=("bootstrap.language", "model"),
@@ -24,7 +24,7 @@ def bootstrap_stages(gpus: int) -> list[Stage]:
         Stage(
             "bootstrap.vision",
             "training.bootstrap:run_vision",
-            1,
+            2,
             inputs={
                 "language": "bootstrap.language/language",
                 "reference": "curation.ingest/reference",

@@ -10,7 +10,7 @@ import pytest
 
 from curation.oracle import score_caption
 from curation.vqa import caption_questions
-from curation.world.answering import answer_question
+from curation.world.answering import agrees, answer_question
 from curation.world.grammar import ClaimedThing, parse_caption
 from curation.world.items import SOURCES, caption_of, questions_of, sample_subject
 from curation.world.questions import ask_box, ask_count, ask_existence, ask_relation
@@ -35,7 +35,7 @@ def test_every_generated_answer_is_the_answer(source: str) -> None:
         subject = sample_subject(source, rng)
         for qa in questions_of(subject, rng, 8):
             asked += 1
-            assert answer_question(qa.question, subject.meta()) == qa.answer, qa
+            assert agrees(qa.answer, answer_question(qa.question, subject.meta())), qa
     assert asked > 200
 
 
@@ -143,7 +143,7 @@ def test_questions_from_a_true_caption_are_right_about_the_image(source: str) ->
         subject = sample_subject(source, rng)
         for qa in caption_questions(caption_of(subject, rng), rng, 4):
             num += 1
-            assert answer_question(qa.question, subject.meta()) == qa.answer
+            assert agrees(qa.answer, answer_question(qa.question, subject.meta()))
     assert num > 60
 
 

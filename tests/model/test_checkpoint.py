@@ -22,6 +22,7 @@ from model.checkpoint import (
     save_vision,
 )
 from model.modeling import SailVLForConditionalGeneration, module_digest, part_digests
+from sailyard.recipe import ModelShape
 from tests.model.tiny import network, pack, processor, samples, tokenizer, vision_config
 
 
@@ -111,6 +112,21 @@ def test_parts_travel_alone_and_build_again(tmp_path):
     assert found["language"] == expected["language"]
     assert found["adapter"] != expected["adapter"]
     assert built.config.image_token_id == model.config.image_token_id
+
+
+@pytest.mark.parametrize("moe", [None, {"num_experts": 4, "top_k": 2}])
+def test_a_fresh_decoder_passes_its_embeddings_through(moe):
+    narrow = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+    shape = ModelShape(
+        vision={**narrow, "image_size": 56},
+        language={**narrow, "num_kv_heads": 1, "vocab_size": 400, "moe": moe},
+    )
+    language = build_from_recipe(shape, tokenizer(), seed=9).language_model
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        embeds = language.get_input_embeddings()(ids)
+        expected = language.lm_head(language.model.norm(embeds))
+        assert torch.equal(language(ids).logits, expected)
 
 
 def test_the_language_directory_is_an_ordinary_qwen3(tmp_path):
