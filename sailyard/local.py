@@ -35,9 +35,7 @@ class StageProcess:
     ) -> None:
         """Start it. Args: settings: For the process, where they are not the environment's."""
         command = [sys.executable, "-m", "sailyard", "stage", "run", stage, "--run", run_id]
-        # Waiting threads sleep instead of spinning: two stages on the same cores otherwise take
-        # each other's time (a training step took four times as long; docs/log.md).
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if settings is not None:
             environment |= settings.environment()
         self.stage = stage
