@@ -93,7 +93,7 @@ def drafts(
 def chart_samples(
     item: Item, chart: Chart, name: str, language: str, num_questions: int, rng: np.random.Generator
 ) -> list[Sample]:
-    """A caption and a question sample of one chart in one language."""
+    """A caption of one chart in one language, and its questions, each a sample of its own."""
     caption = caption_chart(chart, language)
     ask = chart_questions_zh if language == "zh" else chart_questions
     qas: list[QA] = ask(chart, rng, num_questions)
@@ -103,9 +103,10 @@ def chart_samples(
         {"role": "assistant", "content": caption},
     ]
     described = Sample(f"{name}-cap", "charts", "caption", messages, list(item.images), meta=meta)
-    asked = qa_sample(f"{name}-qa", item, qas)
-    asked.meta["language"] = language
-    return [described, asked]
+    asked = [qa_sample(f"{name}-qa{i}", item, [qa]) for i, qa in enumerate(qas)]
+    for sample in asked:
+        sample.meta["language"] = language
+    return [described, *asked]
 
 
 def run(ctx: StageContext) -> None:

@@ -1,4 +1,4 @@
-"""Stage curation.vqa: several questions and answers out of each caption, from its text alone.
+"""Stage curation.vqa: questions and answers out of each caption, from its text alone.
 
 The paper has a language model read the caption (section 3.1.2); the small world's captions are
 read by their grammar. A caption that is wrong gives wrong answers, as it does there: where the
@@ -44,8 +44,8 @@ def claimed_scene(claims: Claims) -> Scene | None:
 
 def _scene_questions(scene: Scene, rng: np.random.Generator) -> QA | None:
     # No boxes: a caption does not give them.
-    asker = pick(rng, [a for name, a in questions.SCENE_ASKERS.items() if name != "box"])
-    return asker(scene, rng)
+    names = [name for name in questions.SCENE_TURN if name != "box"]
+    return questions.SCENE_ASKERS[pick(rng, names)](scene, rng)
 
 
 def _fact(claims: Claims, name: str) -> tuple[str, ...] | None:
@@ -108,24 +108,25 @@ def caption_questions(caption: str, rng: np.random.Generator, num: int) -> list[
     return list(found.values())
 
 
-def vqa_sample(caption: Sample, qas: list[QA]) -> Sample:
-    """The caption's image with the questions as turns."""
+def vqa_sample(caption: Sample, number: int, qa: QA) -> Sample:
+    """The caption's image with one question, the caption's `number`-th."""
     opening = caption.messages[0]["content"]
     images = opening[: opening.rindex("<image>\n") + len("<image>\n")]
-    messages: list[dict[str, str]] = []
-    for i, qa in enumerate(qas):
-        question = images + qa.question if i == 0 else qa.question
-        messages += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": qa.answer},
-        ]
-    task = qas[0].skill if len({qa.skill for qa in qas}) == 1 else "mixed"
-    asked = [{"skill": qa.skill, "kind": qa.kind, "answer": qa.answer} for qa in qas]
-    meta = {"questions": asked, "from_caption": caption.id}
+    messages = [
+        {"role": "user", "content": images + qa.question},
+        {"role": "assistant", "content": qa.answer},
+    ]
+    meta = {"skill": qa.skill, "kind": qa.kind, "answer": qa.answer, "from_caption": caption.id}
     if "scene" in caption.meta:
         meta["scene"] = caption.meta["scene"]
     return Sample(
-        f"vqa-{caption.id}", caption.source, task, messages, caption.images, caption.is_video, meta
+        f"vqa-{caption.id}-{number}",
+        caption.source,
+        qa.skill,
+        messages,
+        caption.images,
+        caption.is_video,
+        meta,
     )
 
 
@@ -149,13 +150,13 @@ def run(ctx: StageContext) -> None:
                 tally["unreadable_captions"] += 1
                 continue
             truth = sample.meta.get("scene")
-            for qa in qas:
+            for number, qa in enumerate(qas):
                 skills[qa.skill] += 1
                 tally["questions"] += 1
                 if truth is not None:
                     tally["checked"] += 1
                     tally["right"] += agrees(qa.answer, answer_question(qa.question, truth))
-            yield vqa_sample(sample, qas)
+                yield vqa_sample(sample, number, qa)
 
     count = write_samples(ctx.output("vqa"), samples())
     ctx.summary(

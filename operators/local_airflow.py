@@ -52,6 +52,8 @@ def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, s
         # Training keeps every core busy; a late answer or heartbeat is no reason to give up.
         "WORKERS__EXECUTION_API_TIMEOUT": "60",
         "WORKERS__MAX_FAILED_HEARTBEATS": "10",
+        # A worker that misses its task's end sees it at the next heartbeat, by default after 5 s.
+        "WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
         # At a tenth of a second the scheduler alone kept a quarter of a core busy.
         "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "1",
         "SCHEDULER__ENABLE_HEALTH_CHECK": "False",

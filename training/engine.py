@@ -50,7 +50,8 @@ class Engine:
     def _groups(self) -> list[dict[str, object]]:
         """Per part: hidden matrices, embeddings (both with weight decay), vectors (without).
 
-        Matrices and embeddings differ for Muon only.
+        Matrices and embeddings differ for Muon only, which a ViT does without: at the low rate
+        that keeps it from forgetting, Muon's iterations cost time and gain nothing.
         """
         groups: list[dict[str, object]] = []
         for part, module in self.model.parts().items():
@@ -72,7 +73,9 @@ class Engine:
                             "weight_decay": decay,
                             "name": part,
                             "lr_scale": lr_scale,
-                            "muon": chosen is hidden and self.recipe.optimizer == "muon",
+                            "muon": chosen is hidden
+                            and part != "vision"
+                            and self.recipe.optimizer == "muon",
                         }
                     )
         if not groups:

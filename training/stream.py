@@ -6,7 +6,7 @@ undisturbed run would have seen, in the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from model.processor import Encoded
-from sailyard.samples import Sample, SampleReader
+from sailyard.samples import Sample, SampleReader, read_table
 from training.packing import PackingStats, fill_row
 
 
@@ -22,12 +22,14 @@ from training.packing import PackingStats, fill_row
 class Source:
     """One dataset of a mixture.
 
-    `weight` is its share of the draws, relative to the other sources.
+    `weight` is its share of the draws, relative to the other sources. `opening` [N] is true for
+    the samples that the first epoch begins with.
     """
 
     name: str
     reader: SampleReader
     weight: float
+    opening: np.ndarray
 
 
 @dataclass(slots=True)
@@ -51,7 +53,8 @@ class PackedStream:
     """Mixes sources by weight, shuffles each epoch, and packs from a look-ahead buffer.
 
     Draws follow smooth weighted round-robin, so any stretch of the stream holds every source
-    at its weight; each epoch of a source is a fresh permutation seeded by (seed, source, epoch).
+    at its weight; each epoch of a source is a fresh permutation seeded by (seed, source, epoch),
+    the first one with the source's opening samples before the others.
     Samples longer than a row are counted in `num_too_long` and skipped.
     """
 
@@ -138,7 +141,11 @@ class PackedStream:
         if key not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != source}
             rng = np.random.default_rng([self.seed, source, epoch])
-            self._orders[key] = rng.permutation(len(self.sources[source].reader))
+            order = rng.permutation(len(self.sources[source].reader))
+            if epoch == 0:
+                opens = self.sources[source].opening[order]
+                order = np.concatenate([order[opens], order[~opens]])
+            self._orders[key] = order
         return self._orders[key]
 
     def state(self) -> dict[str, Any]:
@@ -161,10 +168,15 @@ class PackedStream:
 
 
 def open_sources(
-    directories: Mapping[str, Path], weights: Mapping[str, float] | None = None
+    directories: Mapping[str, Path],
+    weights: Mapping[str, float] | None = None,
+    first_tasks: Collection[str] = (),
 ) -> list[Source]:
-    """Open dataset directories as a mixture; a source without a weight counts by its size,
-    so that unweighted sources finish their epochs together."""
+    """Open dataset directories as a mixture.
+
+    A source without a weight counts by its size, so that unweighted sources finish their epochs
+    together. Samples of `first_tasks` open the first epoch.
+    """
     weights = weights or {}
     unknown = sorted(set(weights) - set(directories))
     if unknown:
@@ -174,5 +186,9 @@ def open_sources(
         reader = SampleReader(directory)
         weight = float(weights.get(name, len(reader)))
         if weight > 0:
-            sources.append(Source(name, reader, weight))
+            opening = np.zeros(len(reader), dtype=bool)
+            if first_tasks:
+                tasks = read_table(directory, ["task"])["task"].to_pylist()
+                opening[:] = [task in first_tasks for task in tasks]
+            sources.append(Source(name, reader, weight, opening))
     return sources

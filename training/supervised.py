@@ -83,7 +83,7 @@ class SupervisedRun:
         self.digests_before = part_digests(model)
         self.engine = Engine(model, recipe)
         self.stream = PackedStream(
-            open_sources(inputs, recipe.weights),
+            open_sources(inputs, recipe.weights, recipe.first_tasks),
             encoder(processor),
             seq_len=recipe.seq_len,
             batch_size=recipe.batch_size,

@@ -11,6 +11,7 @@ from curation.world.items import (
     ask_skill,
     caption_of,
     caption_sample,
+    num_turns,
     qa_sample,
     questions_of,
     render,
@@ -24,14 +25,15 @@ from sailyard.samples import SKILLS, Sample
 # Shares of the reference set, our choice: shapes carry most skills, but digits, words and charts
 # are harder to see.
 REFERENCE_WEIGHTS: dict[str, float] = {
-    "microworld": 0.36,
-    "digits": 0.18,
-    "words": 0.17,
+    "microworld": 0.42,
+    "digits": 0.16,
+    "words": 0.15,
     "charts": 0.12,
-    "photos": 0.07,
-    "video": 0.1,
+    "photos": 0.06,
+    "video": 0.09,
 }
-MIN_TURNS, MAX_TURNS = 3, 5
+# Of the reference images this share is captioned too: a caption is as long as three questions.
+CAPTIONED = 0.5
 
 
 def reference_item(
@@ -47,18 +49,21 @@ def reference_samples(
     image_size: int,
     weights: Mapping[str, float] = REFERENCE_WEIGHTS,
 ) -> Iterator[Sample]:
-    """Clean, densely annotated data: for each image one sample of up to 8 QA turns and one caption.
+    """Clean data: two conversations about every image, and a caption of a share CAPTIONED.
 
-    The two are separate samples, so that no answer can be copied from a caption in the context.
-    Captions carry `meta["tags"]`, what the image shows. Yields 2 * `num_images` samples.
+    They are separate samples, so that no answer can be copied from the context. The first
+    conversation carries `meta["tags"]`, what the image shows.
     """
     for i in range(num_images):
         item = reference_item(rng, image_size, weights)
-        num = MIN_TURNS + int(rng.random() * (MAX_TURNS - MIN_TURNS + 1))
-        yield qa_sample(f"ref-{i:06d}-qa", item, questions_of(item.subject, rng, num))
-        caption = caption_sample(f"ref-{i:06d}-cap", item, caption_of(item.subject, rng), rng)
-        caption.meta["tags"] = tags(item.truth)
-        yield caption
+        for k in range(2):
+            qas = questions_of(item.subject, rng, num_turns(rng))
+            asked = qa_sample(f"ref-{i:06d}-qa{k}", item, qas)
+            if k == 0:
+                asked.meta["tags"] = tags(item.truth)
+            yield asked
+        if rng.random() < CAPTIONED:
+            yield caption_sample(f"ref-{i:06d}-cap", item, caption_of(item.subject, rng), rng)
 
 
 def heldout_samples(per_skill: int, rng: np.random.Generator, image_size: int) -> Iterator[Sample]:

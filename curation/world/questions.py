@@ -376,11 +376,14 @@ SCENE_ASKERS: dict[str, Callable[[Scene, np.random.Generator], QA | None]] = {
     "inventory": ask_inventory,
 }
 
+# Whose turn it is to ask about a scene. Colour and shape stand twice: boxes, relations and
+# captions build on looking at a place.
+SCENE_TURN = (*SCENE_ASKERS, "colour", "shape")
+
 
 def scene_questions(scene: Scene, rng: np.random.Generator, num: int) -> list[QA]:
-    """`num` different questions about one scene, all skills in turn, in random order."""
-    names = list(SCENE_ASKERS)
-    order = [names[int(i)] for i in rng.permutation(len(names))]
+    """`num` different questions about one scene, a SCENE_TURN in random order."""
+    order = [SCENE_TURN[int(i)] for i in rng.permutation(len(SCENE_TURN))]
     found: dict[str, QA] = {}
     for attempt in range(num * 3):
         if len(found) == num:

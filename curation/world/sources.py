@@ -20,6 +20,7 @@ from curation.world.items import (
     ask_skill,
     caption_of,
     caption_sample,
+    num_turns,
     qa_sample,
     questions_of,
     render,
@@ -139,7 +140,7 @@ def _instruction(
         subject, qa = ask_skill("existence" if again.random() < 0.5 else "count", again)
         return qa_sample(name, render(subject, image_size), [qa])
     item = _instruction_item(source, rng, image_size)
-    qas = questions_of(item.subject, rng, 3 + int(rng.random() * 4))
+    qas = questions_of(item.subject, rng, num_turns(rng))
     sample = qa_sample(name, item, qas)
     if source == "instruct-noisy":
         for qa, answer in zip(qas, sample.messages[1::2], strict=True):

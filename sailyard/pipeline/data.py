@@ -10,7 +10,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.ingest",
             "curation.ingest:run",
-            3,
+            4,
             outputs=("captions", "reference", "video", "instruction", "rl_pool", "quarantine"),
             sections=("world", "data", "model.vision"),
             doc="Render the small world, take user data in, quarantine what is broken.",
@@ -26,7 +26,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.text",
             "curation.text:run",
-            3,
+            4,
             outputs=("text",),
             sections=("world",),
             doc="Pure text that grows and preserves the language model.",
@@ -72,7 +72,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.charts",
             "curation.charts:run",
-            1,
+            2,
             outputs=("charts",),
             sections=("curation.charts", "world", "model.vision"),
             doc="Charts drawn by code from real tables, with captions and questions.",
@@ -80,11 +80,11 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.vqa",
             "curation.vqa:run",
-            3,
+            4,
             inputs={"captions": "curation.caption2/captions"},
             outputs=("vqa",),
             sections=("curation.vqa",),
-            doc="Several questions and answers out of each caption.",
+            doc="Questions and answers out of each caption.",
         ),
         Stage(
             "curation.video",

@@ -56,8 +56,8 @@ class TrainRecipe(Optimization):
     """One supervised stage."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw for all; muon for hidden matrices with adamw for embeddings and vectors, at the same
-    learning rate. The paper is silent; our choice."""
+    """adamw for all; muon for the hidden matrices of adapter and language model with adamw for the
+    rest, at the same learning rate. The paper is silent; our choice."""
 
     part_lr: dict[Part, float] = Field({})
     """Peak learning rate of single parts instead of lr. The paper is silent; our choice: none."""
@@ -91,6 +91,10 @@ class TrainRecipe(Optimization):
     weights: dict[str, float] = Field({})
     """Relative weight of each dataset input in the stream; inputs not named weigh as many as they
     hold samples. Our choice."""
+
+    first_tasks: list[str] = Field([])
+    """Samples of these tasks are seen before all others, once: a curriculum for small networks
+    that learn to look at a place sooner when nothing else is asked. Our choice: none."""
 
     loss_norm: Literal["token", "turn", "sample"] = "token"
     """Mean over labelled tokens (token); mean over answers of their token means, so that a one-word

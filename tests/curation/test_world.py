@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from curation.world.build import MAX_TURNS, MIN_TURNS, heldout_samples, reference_samples
+from curation.world.build import heldout_samples, reference_samples
 from curation.world.digits import sample_digits
 from curation.world.draw import encode
-from curation.world.items import SOURCES, ask_skill, render, sample_subject
+from curation.world.items import MOST_TURNS, SOURCES, ask_skill, render, sample_subject
 from curation.world.motion import DIRECTIONS, sample_motion
 from curation.world.plots import sample_chart
 from curation.world.scene import COLOURS, in_heldout, layout_key, sample_scene
@@ -136,17 +136,21 @@ def test_heldout_asks_every_skill_with_balanced_yes_and_no() -> None:
         assert sample.messages[-1]["content"] == sample.meta["answer"]
 
 
-def test_reference_gives_one_dense_question_sample_and_one_caption_per_image() -> None:
-    samples = list(reference_samples(40, np.random.default_rng(9), SIZE, {"microworld": 1.0}))
-    for asked, described in zip(samples[::2], samples[1::2], strict=True):
-        assert asked.images == described.images
-        turns = [m for m in asked.messages if m["role"] == "user"]
-        assert MIN_TURNS <= len(turns) <= MAX_TURNS
-        assert len({t["content"] for t in turns}) == len(turns)
-        assert described.task == "caption"
-        assert len(described.messages) == 2
-        # No answer can be read off the conversation before it is asked.
-        assert described.meta["caption"] not in str(asked.messages)
+def test_reference_asks_and_captions_in_conversations_of_their_own() -> None:
+    samples = list(reference_samples(40, np.random.default_rng(9), SIZE))
+    asked = [s for s in samples if s.task != "caption"]
+    described = {tuple(s.images): s for s in samples if s.task == "caption"}
+    assert len(asked) == 80
+    assert 8 <= len(described) <= 32
+    turns = [sum(m["role"] == "user" for m in s.messages) for s in asked]
+    assert max(turns) <= MOST_TURNS
+    assert 60 <= turns.count(1) < 80  # mostly one question, now and then a longer conversation
+    for sample in asked:
+        if caption := described.get(tuple(sample.images)):
+            # No answer can be read off the conversation before it is asked.
+            assert caption.meta["caption"] not in str(sample.messages)
+    tagged = [s for s in asked if "tags" in s.meta]
+    assert len({tuple(s.images) for s in tagged}) == len(tagged) == 40
 
 
 def test_samples_are_sound_and_ids_unique() -> None:
