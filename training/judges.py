@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from sailyard.stage import StageContext
 
 JUDGES_FILE = "judges.json"
-DIMENSIONS = ("ita", "vir")
 KEEP_FROM = 3
 SCORES = ("1", "2", "3", "4", "5")
 YES, NO = "yes", "no"

@@ -34,6 +34,7 @@ REFERENCE_WEIGHTS: dict[str, float] = {
 }
 # Of the reference images this share is captioned too: a caption is as long as three questions.
 CAPTIONED = 0.5
+QUESTIONS = 3
 
 
 def reference_item(
@@ -49,16 +50,18 @@ def reference_samples(
     image_size: int,
     weights: Mapping[str, float] = REFERENCE_WEIGHTS,
 ) -> Iterator[Sample]:
-    """Clean data: two conversations about every image, and a caption of a share CAPTIONED.
+    """Clean data: up to three questions about every image, and a caption of a share CAPTIONED.
 
-    They are separate samples, so that no answer can be copied from the context. The first
-    conversation carries `meta["tags"]`, what the image shows.
+    Each is a sample of its own, so that no answer can be copied from the context; now and then
+    the questions are one conversation. The first sample carries `meta["tags"]`, what the image
+    shows.
     """
     for i in range(num_images):
         item = reference_item(rng, image_size, weights)
-        for k in range(2):
-            qas = questions_of(item.subject, rng, num_turns(rng))
-            asked = qa_sample(f"ref-{i:06d}-qa{k}", item, qas)
+        qas = questions_of(item.subject, rng, QUESTIONS)
+        talks = [qas] if num_turns(rng) > 1 else [[qa] for qa in qas]
+        for k, talk in enumerate(talks):
+            asked = qa_sample(f"ref-{i:06d}-qa{k}", item, talk)
             if k == 0:
                 asked.meta["tags"] = tags(item.truth)
             yield asked

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from model.processor import Encoded
-from sailyard.samples import Sample, write_samples
+from sailyard.samples import Sample, read_samples, write_samples
 from training.stream import PackedStream, open_sources
 
 
@@ -59,6 +59,21 @@ def test_an_epoch_shows_every_sample_once(tmp_path: Path) -> None:
     # The look-ahead reaches into the second epoch before the first is drained, by its depth.
     assert len(seen) >= 50 - 12
     assert max(seen.values()) <= 2
+
+
+def test_samples_of_the_first_tasks_open_the_first_epoch_only(tmp_path: Path) -> None:
+    directory = dataset(tmp_path, "a", 60)
+    samples = list(read_samples(directory))
+    for sample in samples[::3]:
+        sample.task = "colour"
+    first = {sample.id for sample in samples[::3]}
+    write_samples(tmp_path / "b", samples)
+    (source,) = open_sources({"b": tmp_path / "b"}, first_tasks=["colour"])
+    stream = PackedStream([source], encode, seq_len=64, batch_size=1, look_ahead=1, seed=5)
+    drawn = [i for _ in range(120) for i in stream.next_batch().ids]
+    assert set(drawn[:20]) == first
+    assert len(set(drawn[:60])) == 60
+    assert set(drawn[60:80]) != first
 
 
 def test_sources_are_drawn_by_weight(tmp_path: Path) -> None:
