@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -61,7 +61,9 @@ def _added_tokens() -> list[AddedToken]:
     return tokens + [AddedToken(token, special=True, **plain) for token in SAIL_TOKENS]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, whole_words: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE with Qwen's pre-tokeniser and the released special tokens.
 
     The same texts in the same order give the same tokenizer. Ids: bytes and merges first, then
@@ -69,7 +71,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     Args:
         texts: training text; occurrences of special tokens in it are not learned from.
-        vocab_size: all ids together; a small corpus may run out of merges and give fewer.
+        vocab_size: all ids but those of `whole_words`; a small corpus may run out of merges and
+            give fewer.
+        whole_words: words that are one token each, with the space before them; their ids come
+            last.
 
     Returns:
         pad `<|endoftext|>`, eos `<|im_end|>`, no BOS.
@@ -96,9 +101,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    names = [token.content for token in added]
+    names = [*(token.content for token in added), *whole_words]
     tokenizer.train_from_iterator(_without(texts, names), trainer)
     tokenizer.add_tokens(added)
+    whole = [AddedToken(word, single_word=True, lstrip=True) for word in whole_words]
+    tokenizer.add_tokens(whole)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=IM_END,

@@ -59,6 +59,10 @@ SCHEMA = pa.schema(
 ROWS_PER_GROUP = 64
 
 
+COMPOUNDS_FILE = "compounds.json"
+"""Beside a text dataset: words that stand for several others, each with those (JSON object)."""
+
+
 class BadSample(ValueError):
     """A sample that breaks the schema's promises; the message names it and says why."""
 

@@ -8,8 +8,12 @@ SAIL-VL-1.5, as the base that the caption judges are fine-tuned from (our choice
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.checkpoint import (
     build_from_recipe,
@@ -22,7 +26,7 @@ from model.checkpoint import (
 from model.processor import SailVLProcessor
 from model.tokenizer import train_tokenizer
 from sailyard.recipe import ModelShape
-from sailyard.samples import read_samples
+from sailyard.samples import COMPOUNDS_FILE, read_samples
 from sailyard.stage import StageContext
 from training.supervised import SupervisedRun, carried
 from training.tower import pretrain_tower
@@ -40,9 +44,11 @@ def run_language(ctx: StageContext) -> None:
         ctx.summary(pretrained=shape.pretrained_language)
         return
     text = ctx.input("text")
-    tokenizer = train_tokenizer(_texts(text), shape.language.vocab_size)
+    compounds = _compounds(text)
+    tokenizer = train_tokenizer(_texts(text), shape.language.vocab_size, list(compounds))
     processor = SailVLProcessor.from_recipe(shape, tokenizer)
     model = build_from_recipe(shape, tokenizer, seed=ctx.seed)
+    start_compounds(model.language_model, tokenizer, compounds)
     recipe = ctx.section("bootstrap.language")
     run = SupervisedRun(ctx, model, processor, recipe, {"text": text})
     ctx.summary(**run.run(), vocab_size=len(tokenizer))
@@ -81,6 +87,33 @@ def run_vision(ctx: StageContext) -> None:
     ctx.summary(**run.run(), **before)
     save_vision(ctx.output("vision"), model.vision_model)
     save_model(ctx.output("captioner"), model, processor)
+
+
+@torch.no_grad()
+def start_compounds(
+    language: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    compounds: Mapping[str, Sequence[str]],
+) -> None:
+    """Start a compound word's embedding as the sum of its parts', at the length of a word's.
+
+    What "topleftredcircle" says is then there from the first step, as it is in a visual token;
+    from random vectors looking up colours in such words was not learnt (docs/log.md).
+    """
+    table = language.get_input_embeddings().weight
+    for word, parts in compounds.items():
+        pieces = [tokenizer.encode(f" {part}", add_special_tokens=False) for part in parts]
+        vectors = [table[ids].sum(dim=0) / len(ids) ** 0.5 for ids in pieces]
+        table[tokenizer.convert_tokens_to_ids(word)] = sum(vectors) / len(vectors) ** 0.5
+
+
+def _compounds(directory: Path) -> dict[str, list[str]]:
+    """Words that stand for several others, with those, where a text dataset has such words."""
+    path = directory / COMPOUNDS_FILE
+    if not path.is_file():
+        return {}
+    found: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _texts(directory: Path) -> Iterator[str]:

@@ -25,7 +25,14 @@ from curation.world.items import caption_of, questions_of, sample_subject
 from curation.world.motion import sample_motion
 from curation.world.photos import sample_photo
 from curation.world.plots import sample_chart
-from curation.world.questions import QA, SCENE_ASKERS, box_text, listing
+from curation.world.questions import (
+    QA,
+    SCENE_ASKERS,
+    ask_colour,
+    ask_shape,
+    box_text,
+    listing,
+)
 from curation.world.scene import (
     CELLS,
     COLOUR_NAMES,
@@ -80,6 +87,13 @@ def shorthand_turns(rng: np.random.Generator) -> list[Turn]:
         (qa.question, qa.answer) for qa in questions_of(subject, rng, 4 + int(rng.random() * 4))
     ]
     return [(line + first, answer), *rest]
+
+
+def lookup_turns(rng: np.random.Generator) -> list[Turn]:
+    """One colour or shape in a scene in shorthand: the skill that most others build on."""
+    scene = sample_scene(rng)
+    qa = (ask_colour if rng.random() < 0.5 else ask_shape)(scene, rng)
+    return [(shorthand(scene) + qa.question, qa.answer)]
 
 
 def thinking_turns(rng: np.random.Generator) -> list[Turn]:
@@ -192,6 +206,7 @@ SHORTHAND_SHARES = {
 }
 
 MAKERS: dict[str, Callable[[np.random.Generator], list[Turn]]] = {
+    "lookup": lookup_turns,
     "shorthand": shorthand_turns,
     "scene": scene_turns,
     "thinking": thinking_turns,
@@ -203,19 +218,20 @@ MAKERS: dict[str, Callable[[np.random.Generator], list[Turn]]] = {
 }
 # Shares of the corpus, our choice: pictures in shorthand carry every skill.
 MAKER_SHARES = {
-    "shorthand": 0.58,
-    "scene": 0.08,
-    "thinking": 0.14,
-    "other": 0.06,
-    "arithmetic": 0.05,
+    "lookup": 0.4,
+    "shorthand": 0.26,
+    "scene": 0.04,
+    "thinking": 0.12,
+    "other": 0.04,
+    "arithmetic": 0.06,
     "spelling": 0.04,
     "place": 0.03,
-    "table": 0.02,
+    "table": 0.01,
 }
 
 
 def text_samples(num: int, rng: np.random.Generator) -> Iterator[Sample]:
-    """`num` conversations without images, task "text"; `meta["kind"]` names the maker."""
+    """`num` conversations without images; task and `meta["kind"]` name the maker."""
     for i in range(num):
         kind = pick_weighted(rng, MAKER_SHARES)
         messages = []
@@ -223,4 +239,4 @@ def text_samples(num: int, rng: np.random.Generator) -> Iterator[Sample]:
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
         meta = {"kind": kind, "think": kind == "thinking"}
-        yield Sample(f"text-{i:06d}", "text", "text", messages, meta=meta)
+        yield Sample(f"text-{i:06d}", "text", kind, messages, meta=meta)

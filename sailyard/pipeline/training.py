@@ -12,7 +12,7 @@ def bootstrap_stages(gpus: int) -> list[Stage]:
         Stage(
             "bootstrap.language",
             "training.bootstrap:run_language",
-            3,
+            4,
             inputs={"text": "curation.text/text"},
             outputs=("language",),
             sections=("bootstrap.language", "model"),
