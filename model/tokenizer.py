@@ -71,8 +71,7 @@ def train_tokenizer(
 
     Args:
         texts: training text; occurrences of special tokens in it are not learned from.
-        vocab_size: all ids but those of `whole_words`; a small corpus may run out of merges and
-            give fewer.
+        vocab_size: all ids together; a small corpus may run out of merges and give fewer.
         whole_words: words that are one token each, with the space before them; their ids come
             last.
 
@@ -83,10 +82,12 @@ def train_tokenizer(
         TokenizerError: vocab_size leaves no room for bytes and special tokens.
     """
     added = _added_tokens()
-    if vocab_size < _BYTES + len(added):
+    whole = [AddedToken(word, single_word=True, lstrip=True) for word in whole_words]
+    fixed = _BYTES + len(added) + len(whole)
+    if vocab_size < fixed:
         raise TokenizerError(
-            f"vocab_size {vocab_size} is too small: {_BYTES} bytes and {len(added)} special "
-            f"tokens need at least {_BYTES + len(added)}"
+            f"vocab_size {vocab_size} is too small: {_BYTES} bytes, {len(added)} special tokens "
+            f"and {len(whole)} whole words need at least {fixed}"
         )
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -97,15 +98,13 @@ def train_tokenizer(
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(added),
+        vocab_size=vocab_size - len(added) - len(whole),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     names = [*(token.content for token in added), *whole_words]
     tokenizer.train_from_iterator(_without(texts, names), trainer)
-    tokenizer.add_tokens(added)
-    whole = [AddedToken(word, single_word=True, lstrip=True) for word in whole_words]
-    tokenizer.add_tokens(whole)
+    tokenizer.add_tokens([*added, *whole])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=IM_END,
