@@ -40,7 +40,7 @@ def test_ingest_makes_every_output_and_quarantines_what_is_broken(tmp_path: Path
     ingest.run(first)
     summary = first.summary_values
     assert summary["num_samples"] == {
-        "captions": 56, "reference": 16, "video": 30, "instruction": 30, "rl_pool": 20,
+        "captions": 56, "reference": 24, "video": 30, "instruction": 30, "rl_pool": 20,
     }  # fmt: skip
     assert summary["num_quarantined"] == summary["num_broken_made"] == 10
     assert summary["num_broken_missed"] == 0

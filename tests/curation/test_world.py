@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from curation.world.items import MOST_TURNS, SOURCES, ask_skill, render, sample_
 from curation.world.motion import DIRECTIONS, sample_motion
 from curation.world.plots import sample_chart
 from curation.world.scene import COLOURS, in_heldout, layout_key, sample_scene
+from curation.world.shorthand import compounds, shorthand
 from curation.world.sources import prompt_pool, raw_captions, raw_clips, raw_instructions
 from curation.world.text import text_samples
+from curation.world.words import LEXICON
 from sailyard.samples import SKILLS, Sample, check_sample, write_samples
 
 SIZE = 84
@@ -193,12 +196,28 @@ def test_unknown_skill_and_source_are_named() -> None:
 
 def test_text_corpus_teaches_thinking_and_keeps_heldout_out() -> None:
     samples = list(text_samples(400, np.random.default_rng(14)))
-    assert all(not s.images and s.task == "text" for s in samples)
+    assert all(not s.images and s.source == "text" for s in samples)
     thinking = [s for s in samples if s.meta["think"]]
     assert 0.08 < len(thinking) / len(samples) < 0.25
     for sample in thinking:
         assert sample.messages[1]["content"].startswith("<think>")
         assert "</think>\n\\boxed{" in sample.messages[1]["content"]
+
+
+def test_every_word_of_shorthand_is_plain_or_lists_its_parts() -> None:
+    rng = np.random.default_rng(21)
+    known = compounds()
+    for source in SOURCES:
+        for _ in range(30):
+            subject = sample_subject(source, rng)
+            lines = re.findall(r"\[ (.*) \]", shorthand(subject))
+            assert len(lines) == (subject.num_frames if source == "video" else 1)
+            for line in lines:
+                words = line.split()
+                assert len(words) == 9
+                plain = [w for w in words if w not in known]
+                assert set(plain) <= {"blank", *LEXICON, *"0123456789"}
+    assert known["topleftredcircle"] == ("top left", "red", "circle")
 
 
 def test_heldout_yes_no_questions_are_half_yes() -> None:

@@ -49,6 +49,20 @@ def test_too_small_a_vocabulary_is_refused():
         train_tokenizer(TEXTS, 260)
 
 
+def test_whole_words_are_one_token_and_only_as_whole_words(tmp_path):
+    words = ["topleftredcircle", "left7"]
+    train_tokenizer(TEXTS * 4, 320, words).save_pretrained(tmp_path)
+    trained = load_tokenizer(tmp_path)
+    assert len(trained) <= 320
+    ids = [trained.convert_tokens_to_ids(word) for word in words]
+    inside = trained("[ topleftredcircle left7 ]\nred", add_special_tokens=False)["input_ids"]
+    assert [i for i in inside if i in ids] == ids
+    assert len(trained(" left7")["input_ids"]) == 1
+    assert ids[1] not in trained("left77 cleft7")["input_ids"]
+    with pytest.raises(TokenizerError, match="2 whole words need at least 272"):
+        train_tokenizer(TEXTS, 271, words)
+
+
 def test_special_tokens_in_the_corpus_are_not_learned():
     trained = train_tokenizer(["<IMG_CONTEXT>" * 50, "<|im_end|>" * 50], 300)
     assert not [token for token in trained.get_vocab() if "IMG_CON" in token and token[0] != "<"]
