@@ -34,7 +34,7 @@ REFERENCE_WEIGHTS: dict[str, float] = {
 }
 # Of the reference images this share is captioned too: a caption is as long as three questions.
 CAPTIONED = 0.5
-QUESTIONS = 3
+QUESTIONS = 2
 
 
 def reference_item(
@@ -50,7 +50,7 @@ def reference_samples(
     image_size: int,
     weights: Mapping[str, float] = REFERENCE_WEIGHTS,
 ) -> Iterator[Sample]:
-    """Clean data: up to three questions about every image, and a caption of a share CAPTIONED.
+    """Clean data: up to two questions about every image, and a caption of a share CAPTIONED.
 
     Each is a sample of its own, so that no answer can be copied from the context; now and then
     the questions are one conversation. The first sample carries `meta["tags"]`, what the image

@@ -90,8 +90,8 @@ def shorthand_turns(rng: np.random.Generator) -> list[Turn]:
 
 
 def lookup_turns(rng: np.random.Generator) -> list[Turn]:
-    """One colour or shape in a scene in shorthand: the skill that most others build on."""
-    scene = sample_scene(rng)
+    """One colour or shape in a full scene in shorthand: the skill that most others build on."""
+    scene = sample_scene(rng, num_things=3 + int(rng.random() * 2))
     qa = (ask_colour if rng.random() < 0.5 else ask_shape)(scene, rng)
     return [(shorthand(scene) + qa.question, qa.answer)]
 
@@ -218,14 +218,14 @@ MAKERS: dict[str, Callable[[np.random.Generator], list[Turn]]] = {
 }
 # Shares of the corpus, our choice: pictures in shorthand carry every skill.
 MAKER_SHARES = {
-    "lookup": 0.4,
-    "shorthand": 0.26,
-    "scene": 0.04,
-    "thinking": 0.12,
-    "other": 0.04,
+    "lookup": 0.54,
+    "shorthand": 0.18,
+    "scene": 0.03,
+    "thinking": 0.1,
+    "other": 0.03,
     "arithmetic": 0.06,
-    "spelling": 0.04,
-    "place": 0.03,
+    "spelling": 0.03,
+    "place": 0.02,
     "table": 0.01,
 }
 

@@ -13,7 +13,10 @@ SPOKEN = " red circle blue square top left"
 
 
 def test_a_compound_word_starts_as_the_sum_of_its_parts() -> None:
-    compounds = {"topleftredcircle": ["top left", "red", "circle"], "bluesquare": ["blue", "square"]}
+    compounds = {
+        "topleftredcircle": ["top left", "red", "circle"],
+        "bluesquare": ["blue", "square"],
+    }
     tokenizer = train_tokenizer([*TEXTS, SPOKEN] * 9, VOCAB, list(compounds))
     language = network().language_model
     table = language.get_input_embeddings().weight
