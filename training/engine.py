@@ -51,7 +51,7 @@ class Engine:
         """Per part: hidden matrices, embeddings (both with weight decay), vectors (without).
 
         Matrices and embeddings differ for Muon only, which a ViT does without: at the low rate
-        that keeps it from forgetting, Muon's iterations cost time and gain nothing.
+        that keeps it from forgetting they cost time, and one comparison showed no gain.
         """
         groups: list[dict[str, object]] = []
         for part, module in self.model.parts().items():
