@@ -23,6 +23,7 @@ from model.chat import LONG_ANSWER_SUFFIX, SHORT_ANSWER_SUFFIX, THINKING_SUFFIX,
 from sailyard.samples import Sample, SampleReader, write_samples
 
 if TYPE_CHECKING:
+    from sailyard.recipe.data import LongCoTData
     from sailyard.stage import StageContext
 
 # How often the writer goes wrong, and how; our choice.
@@ -195,7 +196,7 @@ def as_sample(item: Written, name: str) -> Sample:
 def filtered(
     samples: Iterator[Sample],
     rng: np.random.Generator,
-    max_overlap: float,
+    recipe: LongCoTData,
     funnel: Counter[str],
     counts: Counter[str],
 ) -> Iterator[Written]:
@@ -210,6 +211,9 @@ def filtered(
         counts["without_chain"] += not tasks
         for task in tasks:
             funnel["questions"] += 1
+            if recipe.skills and task.skill not in recipe.skills:
+                funnel["one look"] += 1
+                continue
             key = task_key(task)
             if key in seen:
                 funnel["duplicate"] += 1
@@ -224,7 +228,7 @@ def filtered(
             counts["distilled"] += answer != raw
             if answer != task.answer:
                 funnel["wrong"] += 1
-            elif overlap(chain, answer) > max_overlap:
+            elif overlap(chain, answer) > recipe.max_overlap:
                 funnel["redundant"] += 1
             else:
                 yield Written(replace(task, answer=answer), chain, answer)
@@ -247,7 +251,7 @@ def run(ctx: StageContext) -> None:
                 ctx.progress(done, total, f"{funnel['questions']} questions")
                 yield reader[index]
 
-    written = list(filtered(raw(), rng, recipe.max_overlap, funnel, counts))
+    written = list(filtered(raw(), rng, recipe, funnel, counts))
     kept, histogram = balance_lengths(written, recipe.num_samples, recipe.length_bins, rng)
     skills = Counter(item.task.skill for item in kept)
     samples = (as_sample(item, f"cot-{i:06d}") for i, item in enumerate(kept))

@@ -163,8 +163,8 @@ def _claims(chain: str, scene: Mapping[str, Any]) -> list[bool]:
         ((colour, shape) in names) == (article != "no")
         for article, colour, shape in _EXISTS.findall(chain)
     ]
-    seen = _SEEN.search(chain)
-    if seen:  # "I see ..." claims to be the whole list
+    seen = _SEEN.match(chain)
+    if seen:  # a chain that opens with "I see ..." claims to list everything
         claims.append(len(_items(seen[1])) == len(scene["things"]))
     return claims
 

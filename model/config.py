@@ -104,17 +104,21 @@ def vision_config_of(section: Any) -> SailViTConfig:
 
 
 def language_config_of(
-    section: Any, tokenizer: PreTrainedTokenizerBase
+    section: Any, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Qwen3Config | Qwen3MoeConfig:
     """The decoder's config from a recipe's `model.language` section (read by attribute).
 
     A section whose `moe` is not None gives Qwen3-MoE with every layer sparse and top-k weights
     that sum to 1, as in Qwen3-30B-A3B.
 
+    Args:
+        section: the sizes.
+        tokenizer: gives the ids of padding and end; without one only the shape is meant.
+
     Raises:
         ValueError: the vocabulary is smaller than the tokenizer.
     """
-    if section.vocab_size < len(tokenizer):
+    if tokenizer is not None and section.vocab_size < len(tokenizer):
         raise ValueError(
             f"model.language.vocab_size {section.vocab_size} is smaller than the tokenizer's "
             f"{len(tokenizer)}; raise it to at least that"
@@ -133,10 +137,13 @@ def language_config_of(
         "initializer_range": section.hidden_size**-0.5,
         "tie_word_embeddings": section.tie_word_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(section.rope_theta)},
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
     }
+    if tokenizer is not None:
+        shared |= {
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
     moe = section.moe
     if moe is None:
         return Qwen3Config(**shared)

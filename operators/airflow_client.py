@@ -34,13 +34,6 @@ class AirflowClient:
             return {}
         return {name: (state or {}).get("status") or "" for name, state in answer.json().items()}
 
-    def warm_up(self) -> bool:
-        """Whether the API that tasks speak is ready; its first request builds it, in seconds."""
-        try:
-            return self._http.get("/execution/health", timeout=120.0).is_success
-        except httpx.HTTPError:
-            return False
-
     def login(self) -> None:
         """Fetch a token; needed once, before any call below."""
         token = self.call("GET", "/auth/token")["access_token"]

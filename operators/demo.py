@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ from operators.processes import (
 )
 from operators.run_task import CREATE_RUN
 from sailyard.cli import output
+from sailyard.local import FORK_SERVER
 from sailyard.pipeline import build_pipeline
 from sailyard.recipe import RecipeError, load_recipe
 from sailyard.report import build_report, report_tables
@@ -43,6 +45,8 @@ DAG_ID = "sail_vl2"
 REPOSITORY = Path(__file__).resolve().parents[1]
 READY_TIMEOUT_S = 300.0
 POLL_S = 1.0
+# Asked twice a second, the API server took 6 % of a core from the stages.
+RUN_POLL_S = 3.0
 # Airflow's API shares two cores with the training stages; a slow answer now and then is no fault.
 MAX_FAILED_POLLS = 30
 LOG_LINES = 30
@@ -67,7 +71,13 @@ class Demo:
         self._airflow = LocalAirflow(home, REPOSITORY / "dags", self._services)
         board_port, self._endpoint_port = free_ports(2)
         self._board_url = f"http://127.0.0.1:{board_port}"
-        self._airflow.environment["SAILYARD_BOARD_URL"] = self._board_url
+        # A socket's path may be a hundred characters long, a home's may be more.
+        self._sockets = tempfile.TemporaryDirectory(prefix="sailyard-")
+        self._fork_server = Path(self._sockets.name) / "fork"
+        self._airflow.environment |= {
+            "SAILYARD_BOARD_URL": self._board_url,
+            FORK_SERVER: str(self._fork_server),
+        }
         self._board_port = board_port
         self._yard = Yard()
         self._run = ""
@@ -97,11 +107,13 @@ class Demo:
         """End every process of the demo."""
         self._airflow.stop()
         self._services.stop()
+        self._sockets.cleanup()
 
     def _start_airflow(self) -> None:
         with self._status("Starting Airflow and the board"):
             # The board comes first, so that a running task's lineage link leads somewhere.
             self._start_board()
+            self._start_fork_server()
             self._airflow.start(DAG_ID)
             client = self._airflow.client
             for run_id in client.active_runs(DAG_ID):
@@ -120,6 +132,16 @@ class Demo:
             ],
             self._airflow.environment,
             self._home / "logs" / "board.log",
+        )
+
+    def _start_fork_server(self) -> None:
+        stages = build_pipeline(load_recipe(self._options.recipe, self._options.set)).stages
+        modules = sorted({stage.entry.partition(":")[0] for stage in stages})
+        self._services.start(
+            "fork server",
+            [sys.executable, "-m", "sailyard.forkserver", str(self._fork_server), *modules],
+            self._airflow.environment,
+            self._home / "logs" / "fork-server.log",
         )
 
     def _run_pipeline(self) -> None:
@@ -145,7 +167,7 @@ class Demo:
         return {"recipe": self._options.recipe, "overrides": self._options.set, "data": data}
 
     def _polls(self, run_id: str) -> Iterator[list[dict[str, Any]]]:
-        """The run's task instances, every second until the run has ended."""
+        """The run's task instances, every RUN_POLL_S until the run has ended."""
         client = self._airflow.client
         num_failed = 0
         while True:
@@ -161,7 +183,7 @@ class Demo:
                 state = "unknown"
             if state in ("success", "failed"):
                 return
-            time.sleep(POLL_S)
+            time.sleep(RUN_POLL_S)
 
     def _why(self, run_id: str) -> str:
         """What failed, with the end of its log."""

@@ -1,4 +1,4 @@
-"""Airflow's four components on one machine, on loopback, with all state in one folder."""
+"""Airflow's components on one machine, on loopback, with all state in one folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,22 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
+
 from operators.airflow_client import AirflowClient
 from operators.processes import MARKER, Service, Services, free_ports, tail
 
-COMPONENTS = ("api-server", "dag-processor", "triggerer", "scheduler")
+# Airflow's public API writes its audit log on the event loop. On SQLite such a write can wait for
+# a task's write whose commit waits for that very loop, until one of them times out: so tasks have
+# an API server of their own.
+COMPONENTS = {
+    "api-server": ["api-server", "--apps", "core"],
+    "task-api-server": ["api-server", "--apps", "execution"],
+    "dag-processor": ["dag-processor"],
+    # The log servers would listen on every interface; the API server reads the files.
+    "triggerer": ["triggerer", "--skip-serve-logs"],
+    "scheduler": ["scheduler", "--skip-serve-logs"],
+}
 HEALTH_NAMES = ("metadatabase", "scheduler", "dag_processor", "triggerer")
 START_TIMEOUT_S = 300.0
 
@@ -21,8 +33,8 @@ class AirflowStartError(RuntimeError):
     """Airflow did not come up; the message says which part and shows its log."""
 
 
-def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, str]:
-    """The variables that make the four components one small private Airflow.
+def airflow_environment(home: Path, dags_folder: Path, port: int, task_port: int) -> dict[str, str]:
+    """The variables that make the components one small private Airflow.
 
     Few processes that sleep when they have nothing to do: cores and memory belong to the stages.
     """
@@ -36,7 +48,7 @@ def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, s
         # Two stages on the same cores wait for each other's threads by spinning: each then takes
         # many times as long as alone (docs/log.md).
         "CORE__PARALLELISM": "1",
-        "CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
+        "CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{task_port}/execution/",
         "CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
         "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(home / "airflow" / "passwords.json"),
         "API__HOST": "127.0.0.1",
@@ -54,8 +66,9 @@ def airflow_environment(home: Path, dags_folder: Path, port: int) -> dict[str, s
         "WORKERS__MAX_FAILED_HEARTBEATS": "10",
         # A worker that misses its task's end sees it at the next heartbeat, by default after 5 s.
         "WORKERS__MIN_HEARTBEAT_INTERVAL": "2",
-        # At a tenth of a second the scheduler alone kept a quarter of a core busy.
-        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "1",
+        # A round takes 50 ms of a core; at ten a second the scheduler alone held a quarter of one.
+        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "1.5",
+        "SCHEDULER__POOL_METRICS_INTERVAL": "60",
         "SCHEDULER__ENABLE_HEALTH_CHECK": "False",
         # A killed demo leaves running tasks behind; the next one must not wait minutes for them.
         "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
@@ -85,9 +98,9 @@ class LocalAirflow:
 
     def __init__(self, home: Path, dags_folder: Path, services: Services) -> None:
         self._services = services
-        (port,) = free_ports(1)
+        port, self._task_port = free_ports(2)
         self.url = f"http://127.0.0.1:{port}"
-        self.environment = airflow_environment(home, dags_folder, port)
+        self.environment = airflow_environment(home, dags_folder, port, self._task_port)
         self.logs = home / "airflow" / "logs"
         self.client = AirflowClient(self.url)
         self._scheduler: Service | None = None
@@ -100,12 +113,11 @@ class LocalAirflow:
             ServiceDied: a component ended.
         """
         self._migrate()
-        for component in COMPONENTS:
-            # The log servers would listen on every interface; the API server reads the files.
-            skip = ["--skip-serve-logs"] if component in ("scheduler", "triggerer") else []
+        for component, arguments in COMPONENTS.items():
+            port = ["--port", str(self._task_port)] if component == "task-api-server" else []
             service = self._services.start(
                 f"airflow {component}",
-                [sys.executable, "-m", "airflow", component, *skip],
+                [sys.executable, "-m", "airflow", *arguments, *port],
                 self.environment,
                 self.logs / f"{component}.log",
             )
@@ -148,7 +160,7 @@ class LocalAirflow:
             health = self.client.health()
             healthy = all(health.get(name) == "healthy" for name in HEALTH_NAMES)
             # Asked as soon as there is an answer at all: it overlaps with the other components.
-            warm = warm or (bool(health) and self.client.warm_up())
+            warm = warm or (bool(health) and self._task_api_is_warm())
             if healthy and warm:
                 return
             if time.monotonic() > deadline:
@@ -157,6 +169,14 @@ class LocalAirflow:
                     f"its logs are in {self.logs}"
                 )
             time.sleep(0.3)
+
+    def _task_api_is_warm(self) -> bool:
+        """Whether the API that tasks speak is ready; its first request builds it, in seconds."""
+        url = f"http://127.0.0.1:{self._task_port}/execution/health"
+        try:
+            return httpx.get(url, timeout=120.0, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
 
     def _wait_for_dag(self, dag_id: str) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -8,6 +8,7 @@ process of the yard inherits in its environment.
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -21,6 +22,9 @@ import psutil
 
 MARKER = "SAILYARD_DEMO_HOME"
 """Environment variable that names the home whose demo started a process."""
+
+PORTS = range(20000, 32000)
+"""Where free ports are looked for."""
 
 
 class ServiceDied(RuntimeError):
@@ -115,12 +119,19 @@ def end_processes(processes: Iterable[psutil.Process], grace_s: float) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """``count`` different loopback ports that nothing listens on now."""
+    """``count`` different loopback ports that nothing listens on now.
+
+    None is of the range that systems give to outgoing connections (from 32768, or 49152): a
+    service may bind its port minutes later, and until then any connection could take it.
+    """
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+        ports: list[int] = []
+        while len(ports) < count:
+            port = secrets.choice(PORTS)
+            with suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports
 
 
 def tail(log: Path, num_lines: int = 25) -> str:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sailyard import runs
+from sailyard.forkserver import ForkedProcess, ForkServerError
 from sailyard.processes import descendants, kill_group
 from sailyard.stage.errors import EXIT_OK, EXIT_RESUME
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 20.0
 """How long a stage may take to save and stop before it is killed."""
 
+FORK_SERVER = "SAILYARD_FORK_SERVER"
+"""Environment variable that names the socket of a `sailyard.forkserver`."""
+
 
 class StageProcess:
     """``sailyard stage run`` in a process group of its own."""
@@ -34,19 +39,12 @@ class StageProcess:
         self, run_id: str, stage: str, *, force: bool = False, settings: Settings | None = None
     ) -> None:
         """Start it. Args: settings: For the process, where they are not the environment's."""
-        command = [sys.executable, "-m", "sailyard", "stage", "run", stage, "--run", run_id]
+        command = ["stage", "run", stage, "--run", run_id, *(["--force"] if force else [])]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if settings is not None:
             environment |= settings.environment()
         self.stage = stage
-        self.process = subprocess.Popen(
-            [*command, "--force"] if force else command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self.process = _start(command, environment)
 
     def lines(self) -> Iterator[str]:
         """Lines of its output while they come, until it has ended."""
@@ -70,6 +68,25 @@ class StageProcess:
             family = descendants(self.process.pid)
         kill_group(self.process.pid, family)
         return self.process.wait()
+
+
+def _start(
+    arguments: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes] | ForkedProcess:
+    """``sailyard *arguments``: forked where a fork server is offered, else from the ground up."""
+    server = environment.get(FORK_SERVER)
+    if server:
+        # One that is not there costs seconds, not the stage.
+        with suppress(OSError, ForkServerError):
+            return ForkedProcess(Path(server), arguments, environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "sailyard", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)

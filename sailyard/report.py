@@ -273,6 +273,7 @@ def _figure_tables(body: Mapping[str, Any]) -> Iterator[Table]:
         ],
     )
     yield _accuracy_table(body["evaluation"])
+    yield _accuracy_table(body["evaluation"], "_thinking")
     promoted = body["promoted"]
     yield (
         "serving",
@@ -283,21 +284,28 @@ def _figure_tables(body: Mapping[str, Any]) -> Iterator[Table]:
     )
 
 
-def _accuracy_table(evaluation: Mapping[str, Any]) -> Table:
-    majority = evaluation["majority"]
-    skills = list(majority["per_skill"])
-    rows: list[Sequence[Any]] = [
-        (
-            name,
-            _figure(entry["overall"], 2),
-            *[_figure(entry["per_skill"].get(skill), 2) for skill in skills],
-        )
+def _accuracy_table(evaluation: Mapping[str, Any], thinking: str = "") -> Table:
+    """Accuracy by checkpoint and skill; with `thinking` "_thinking", of skills thought about.
+
+    `overall` is of all skills in both tables: thinking only changes how some are answered.
+    """
+    asked = {
+        name: (entry[f"overall{thinking}"], entry[f"per_skill{thinking}"])
         for name, entry in evaluation["checkpoints"].items()
+        if entry[f"per_skill{thinking}"]
+    }
+    majority = evaluation["majority"]
+    found_skills = {skill for _, found in asked.values() for skill in found}
+    skills = [skill for skill in majority["per_skill"] if skill in found_skills]
+    rows: list[Sequence[Any]] = [
+        (name, _figure(overall, 2), *[_figure(found.get(skill), 2) for skill in skills])
+        for name, (overall, found) in asked.items()
     ]
     if rows:
         floor = [_figure(majority["per_skill"][skill], 2) for skill in skills]
         rows.append(("majority class", _figure(majority["overall"], 2), *floor))
-    return "held-out accuracy", ("checkpoint", "overall", *skills), rows
+    title = "held-out accuracy" + (", asked to think" if thinking else "")
+    return title, ("checkpoint", "overall", *skills), rows
 
 
 def _figure(value: float | None, digits: int = 3) -> str:

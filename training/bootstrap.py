@@ -25,10 +25,10 @@ from model.checkpoint import (
 )
 from model.processor import SailVLProcessor
 from model.tokenizer import train_tokenizer
-from sailyard.recipe import ModelShape
+from sailyard.recipe import ModelShape, TrainRecipe
 from sailyard.samples import COMPOUNDS_FILE, read_samples
 from sailyard.stage import StageContext
-from training.supervised import SupervisedRun, carried
+from training.supervised import SupervisedRun, carried, essentials
 from training.tower import pretrain_tower
 
 
@@ -59,7 +59,10 @@ def run_vision(ctx: StageContext) -> None:
     """Stage `bootstrap.vision`: the ViT, and the predecessor network that it was trained in.
 
     The tower first learns to name what images show (`training.tower`), unless
-    `model.pretrained_vision` names one to start from.
+    `model.pretrained_vision` names one to start from. Then the adapter learns to say it in words
+    that the frozen language model understands, and only then everything is trained, with text
+    among the pictures: what the language model alone can do, chains of thought above all, is soon
+    lost without (docs/log.md).
     """
     shape: ModelShape = ctx.section("model")
     language, tokenizer = load_language(ctx.input("language"))
@@ -75,16 +78,25 @@ def run_vision(ctx: StageContext) -> None:
             before["tower"] = pretrain_tower(
                 ctx, model.vision_model, processor, tower_recipe, reference
             )
-    run = SupervisedRun(
-        ctx,
-        model,
-        processor,
+
+    def arm(
+        name: str, recipe: TrainRecipe, inputs: Mapping[str, Path], first_step: int
+    ) -> SupervisedRun:
+        return SupervisedRun(
+            ctx, model, processor, recipe, inputs, arm=name, first_step=first_step, carry=before
+        )
+
+    pictures = {"reference": reference}
+    adapter = arm("adapter", ctx.section("bootstrap.adapter"), pictures, first_step)
+    if "adapter" not in before:
+        before["adapter"] = essentials(adapter.run())
+    everything = arm(
+        "main",
         ctx.section("bootstrap.vision"),
-        {"reference": reference},
-        first_step=first_step,
-        carry=before,
+        {**pictures, "text": ctx.input("text")},
+        first_step + adapter.total_steps,
     )
-    ctx.summary(**run.run(), **before)
+    ctx.summary(**everything.run(), **before)
     save_vision(ctx.output("vision"), model.vision_model)
     save_model(ctx.output("captioner"), model, processor)
 

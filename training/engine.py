@@ -15,7 +15,7 @@ from training.muon import Muon
 from training.packing import collate_rows, shares_of_turns
 
 # A token weighs (1 / length of its answer) to this power.
-POWERS = {"token": 0, "sample": 0, "turn": 1}
+POWERS = {"token": 0.0, "sample": 0.0, "square": 0.5, "turn": 1.0}
 
 
 class NonFiniteLoss(FloatingPointError):

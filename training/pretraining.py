@@ -7,7 +7,7 @@ from typing import Any
 from model.checkpoint import build_from_recipe, load_language, load_model, save_model
 from model.processor import SailVLProcessor
 from sailyard.stage import StageContext
-from training.supervised import SupervisedRun, carried
+from training.supervised import SupervisedRun, carried, essentials
 
 
 def run_basic(ctx: StageContext) -> None:
@@ -20,11 +20,11 @@ def run_basic(ctx: StageContext) -> None:
     recipe = ctx.section("pretraining.basic")
     control = _arm(ctx, recipe, "fixed", 0, None, {})
     before = carried(ctx, control.total_steps)
-    fixed = before["fixed"] if before else _essentials(control.run())
+    fixed = before["fixed"] if before else essentials(control.run())
     settings = recipe.adalrs.model_dump(exclude={"enabled"}) if recipe.adalrs.enabled else None
     arm = _arm(ctx, recipe, "adalrs", control.total_steps, settings, {"fixed": fixed})
     summary = arm.run()
-    kept = {**_essentials(summary), "lr_last": summary.get("lr_last", recipe.lr)}
+    kept = {**essentials(summary), "lr_last": summary.get("lr_last", recipe.lr)}
     kept["events"] = summary.pop("adalrs_events", [])
     ctx.summary(**summary, fixed=fixed, adalrs=kept)
     save_model(ctx.output("checkpoint"), arm.model, arm.processor)
@@ -66,7 +66,3 @@ def _arm(
         first_step=first_step,
         carry=carry,
     )
-
-
-def _essentials(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: summary[key] for key in ("loss_first", "loss_last", "steps", "tokens")}

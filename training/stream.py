@@ -176,12 +176,16 @@ def open_sources(
 
     A source without a weight counts by its size, so that unweighted sources finish their epochs
     together. Samples of `first_tasks` open the first epoch.
+
+    Raises:
+        ValueError: `weights` names no input, or `first_tasks` a task that no input holds.
     """
     weights = weights or {}
     unknown = sorted(set(weights) - set(directories))
     if unknown:
         raise ValueError(f"weights name {unknown}, the stage's inputs are {sorted(directories)}")
     sources = []
+    found: set[str] = set()
     for name, directory in directories.items():
         reader = SampleReader(directory)
         weight = float(weights.get(name, len(reader)))
@@ -189,6 +193,10 @@ def open_sources(
             opening = np.zeros(len(reader), dtype=bool)
             if first_tasks:
                 tasks = read_table(directory, ["task"])["task"].to_pylist()
+                found.update(tasks)
                 opening[:] = [task in first_tasks for task in tasks]
             sources.append(Source(name, reader, weight, opening))
+    absent = sorted(set(first_tasks) - found)
+    if absent:
+        raise ValueError(f"first_tasks names {absent}, the inputs hold {sorted(found)}")
     return sources

@@ -46,6 +46,11 @@ def carried(ctx: StageContext, first_step: int) -> dict[str, Any] | None:
     return carry
 
 
+def essentials(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What later arms carry of an arm's summary: the same however often it was cut off."""
+    return {key: summary[key] for key in ("loss_first", "loss_last", "steps", "tokens")}
+
+
 @dataclass(slots=True)
 class _Progress:
     """What a run remembers besides weights, optimizer and stream."""

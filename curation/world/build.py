@@ -25,9 +25,9 @@ from sailyard.samples import SKILLS, Sample
 # Shares of the reference set, our choice: shapes carry most skills, but digits, words and charts
 # are harder to see.
 REFERENCE_WEIGHTS: dict[str, float] = {
-    "microworld": 0.42,
-    "digits": 0.16,
-    "words": 0.15,
+    "microworld": 0.4,
+    "digits": 0.21,
+    "words": 0.12,
     "charts": 0.12,
     "photos": 0.06,
     "video": 0.09,

@@ -112,9 +112,20 @@ def ask_existence(scene: Scene, rng: np.random.Generator) -> QA:
         f"Is there a {colour} {shape}?", f"Can you see a {colour} {shape}?",
         f"Does the image show a {colour} {shape}?",
     ))  # fmt: skip
-    verdict = f"There is a {colour} {shape}." if truth else f"There is no {colour} {shape}."
-    chain = f"I see {listing(scene.things)}. {verdict}"
+    nearest = _nearest(scene, colour, shape)
+    # What is asked and what was found stand side by side: a small network compares neighbours,
+    # not a question with a list of four (docs/log.md).
+    chain = (
+        f"As the nearest to a {colour} {shape} I see {listing([nearest])}. "
+        f"Asked: {colour} {shape}. Found: {nearest.name}. "
+        f"There is {'a' if truth else 'no'} {colour} {shape}."
+    )
     return QA(question, yes_no(truth), "exact", "existence", "existence.named", chain)
+
+
+def _nearest(scene: Scene, colour: str, shape: str) -> Thing:
+    """The thing that shares most with a name; colour before shape, then reading order."""
+    return max(scene.things, key=lambda t: 2 * (t.colour == colour) + (t.shape == shape))
 
 
 def _colour_chain(thing: Thing) -> str:
@@ -195,7 +206,8 @@ def ask_relation(scene: Scene, rng: np.random.Generator) -> QA | None:
     ))  # fmt: skip
     chain = (
         f"The {a.name} is {place(a.cell)}. The {b.name} is {place(b.cell)}. "
-        f"So the {a.name} is {actual} the {b.name}."
+        f"So the {a.name} is {actual} the {b.name}. "
+        f"Asked: {words}. Found: {actual}."
     )
     return QA(question, yes_no(truth), "exact", "relation", "relation." + axis, chain)
 
@@ -382,10 +394,10 @@ SCENE_TURN = (*SCENE_ASKERS, "colour", "shape")
 
 
 def scene_questions(scene: Scene, rng: np.random.Generator, num: int) -> list[QA]:
-    """`num` different questions about one scene, a SCENE_TURN in random order."""
+    """Up to `num` different questions about one scene, and one at least: a SCENE_TURN at random."""
     order = [SCENE_TURN[int(i)] for i in rng.permutation(len(SCENE_TURN))]
     found: dict[str, QA] = {}
-    for attempt in range(num * 3):
+    for attempt in range(max(num * 3, len(order))):
         if len(found) == num:
             break
         qa = SCENE_ASKERS[order[attempt % len(order)]](scene, rng)

@@ -104,14 +104,18 @@ def raw_clips(num: int, rng: np.random.Generator, image_size: int) -> Iterator[S
 # Named sources and their shares, our choice. "noisy" answers at random, "redundant" asks the same
 # few things again and again; both must be noticed by curation, not known to it.
 INSTRUCTION_SOURCES = {
-    "instruct-scenes": 0.28,
-    "instruct-reading": 0.28,
-    "instruct-charts": 0.1,
-    "instruct-photos": 0.08,
-    "instruct-reasoning": 0.12,
-    "instruct-noisy": 0.07,
-    "instruct-redundant": 0.07,
+    "instruct-scenes": 0.22,
+    "instruct-grounding": 0.1,
+    "instruct-reading": 0.2,
+    "instruct-charts": 0.11,
+    "instruct-photos": 0.05,
+    "instruct-reasoning": 0.22,
+    "instruct-noisy": 0.05,
+    "instruct-redundant": 0.05,
 }
+
+# What the reasoning source asks: counting is learnt from captions already.
+REASONING = {"sum": 0.35, "existence": 0.25, "relation": 0.3, "count": 0.1}
 
 # The redundant source holds this many different samples, each many times.
 _NUM_REDUNDANT, _REDUNDANT_SEED = 12, 77
@@ -133,7 +137,10 @@ def _instruction(
     source: str, name: str, rng: np.random.Generator, image_size: int, noise: float
 ) -> Sample:
     if source == "instruct-reasoning":
-        subject, qa = ask_skill(pick(rng, ("sum", "relation", "count", "existence")), rng)
+        subject, qa = ask_skill(pick_weighted(rng, REASONING), rng)
+        return qa_sample(name, render(subject, image_size), [qa])
+    if source == "instruct-grounding":
+        subject, qa = ask_skill("box", rng)
         return qa_sample(name, render(subject, image_size), [qa])
     if source == "instruct-redundant":
         again = np.random.default_rng([_REDUNDANT_SEED, int(rng.random() * _NUM_REDUNDANT)])

@@ -21,15 +21,16 @@ from curation.world.captions import (
 )
 from curation.world.chart_text import caption_chart
 from curation.world.digits import sample_digits
-from curation.world.items import caption_of, questions_of, sample_subject
+from curation.world.items import ask_skill, caption_of, num_turns, questions_of, sample_subject
 from curation.world.motion import sample_motion
 from curation.world.photos import sample_photo
 from curation.world.plots import sample_chart
 from curation.world.questions import (
     QA,
-    SCENE_ASKERS,
     ask_colour,
+    ask_digit,
     ask_shape,
+    ask_where,
     box_text,
     listing,
 )
@@ -69,7 +70,7 @@ def scene_turns(rng: np.random.Generator) -> list[Turn]:
     """A described scene with several questions."""
     scene = sample_scene(rng)
     words = _scene_words(scene, rng)
-    qas = questions_of(scene, rng, 5 + int(rng.random() * 4))
+    qas = questions_of(scene, rng, 2 + int(rng.random() * 4))
     if "<box>" not in words:
         qas = [qa for qa in qas if qa.skill != "box"]
     return _asked(words, qas)
@@ -84,33 +85,39 @@ def shorthand_turns(rng: np.random.Generator) -> list[Turn]:
         prompt = pick(rng, VIDEO_PROMPTS if source == "video" else PROMPTS)
         return [(line + prompt, caption_of(subject, rng))]
     (first, answer), *rest = [
-        (qa.question, qa.answer) for qa in questions_of(subject, rng, 4 + int(rng.random() * 4))
+        (qa.question, qa.answer) for qa in questions_of(subject, rng, num_turns(rng))
     ]
     return [(line + first, answer), *rest]
 
 
+LOOKUPS = {"colour": 0.3, "shape": 0.3, "where": 0.3, "digit": 0.1}
+
+
 def lookup_turns(rng: np.random.Generator) -> list[Turn]:
-    """One colour or shape in a full scene in shorthand: the skill that most others build on."""
-    scene = sample_scene(rng, num_things=3 + int(rng.random() * 2))
-    qa = (ask_colour if rng.random() < 0.5 else ask_shape)(scene, rng)
-    return [(shorthand(scene) + qa.question, qa.answer)]
+    """One colour, shape or place in a full scene in shorthand, or one of two digits.
+
+    The skill that most others build on, both ways: what is there, and where is it.
+    """
+    kind = pick_weighted(rng, LOOKUPS)
+    if kind == "digit":
+        digits = sample_digits(rng, 2)
+        asked = ask_digit(digits, rng)
+        return [(shorthand(digits) + asked.question, asked.answer)]
+    while True:
+        scene = sample_scene(rng, num_things=3 + int(rng.random() * 2))
+        qa = {"colour": ask_colour, "shape": ask_shape, "where": ask_where}[kind](scene, rng)
+        if qa is not None:
+            return [(shorthand(scene) + qa.question, qa.answer)]
+
+
+# What takes two lookups or more is thought about; relations and sums, the slowest to learn, most.
+CHAINS = {"sum": 0.3, "relation": 0.35, "existence": 0.2, "count": 0.15}
 
 
 def thinking_turns(rng: np.random.Generator) -> list[Turn]:
     """A scene or two digits in shorthand, with the thinking suffix and a guided chain."""
-    if rng.random() < 0.35:
-        item = sample_digits(rng, 2)
-        words, qas = shorthand(item), questions_of(item, rng, 5)
-    else:
-        scene = sample_scene(rng)
-        words = shorthand(scene)
-        qas = [
-            qa
-            for name in ("count", "existence", "relation")
-            if (qa := SCENE_ASKERS[name](scene, rng)) is not None
-        ]
-    qa = pick(rng, [qa for qa in qas if qa.chain])
-    return [(f"{words}{qa.question}\n{THINKING_SUFFIX}", qa.thinking())]
+    subject, qa = ask_skill(pick_weighted(rng, CHAINS), rng)
+    return [(f"{shorthand(subject)}{qa.question}\n{THINKING_SUFFIX}", qa.thinking())]
 
 
 def other_turns(rng: np.random.Generator) -> list[Turn]:
@@ -218,14 +225,14 @@ MAKERS: dict[str, Callable[[np.random.Generator], list[Turn]]] = {
 }
 # Shares of the corpus, our choice: pictures in shorthand carry every skill.
 MAKER_SHARES = {
-    "lookup": 0.54,
-    "shorthand": 0.18,
-    "scene": 0.03,
-    "thinking": 0.1,
-    "other": 0.03,
-    "arithmetic": 0.06,
-    "spelling": 0.03,
-    "place": 0.02,
+    "lookup": 0.3,
+    "shorthand": 0.2,
+    "scene": 0.01,
+    "thinking": 0.4,
+    "other": 0.01,
+    "arithmetic": 0.05,
+    "spelling": 0.01,
+    "place": 0.01,
     "table": 0.01,
 }
 

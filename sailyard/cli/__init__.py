@@ -10,6 +10,7 @@ from sailyard.cli.data import ingest
 from sailyard.cli.doctor import doctor
 from sailyard.cli.look import lineage, report, status
 from sailyard.cli.models import promote, rollback, serve
+from sailyard.cli.network import model_app
 from sailyard.cli.output import errors
 from sailyard.cli.running import run, stage_app
 
@@ -21,6 +22,7 @@ commands = typer.Typer(
 )
 commands.command()(run)
 commands.add_typer(stage_app, name="stage")
+commands.add_typer(model_app, name="model")
 for command in (status, report, lineage, ingest, promote, rollback, serve, doctor):
     commands.command()(command)
 

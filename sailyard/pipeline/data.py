@@ -10,7 +10,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.ingest",
             "curation.ingest:run",
-            4,
+            6,
             outputs=("captions", "reference", "video", "instruction", "rl_pool", "quarantine"),
             sections=("world", "data", "model.vision"),
             doc="Render the small world, take user data in, quarantine what is broken.",
@@ -26,7 +26,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.text",
             "curation.text:run",
-            4,
+            6,
             outputs=("text",),
             sections=("world",),
             doc="Pure text that grows and preserves the language model.",
@@ -109,7 +109,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.longcot",
             "curation.longcot:run",
-            1,
+            2,
             inputs={
                 "rl_pool": "curation.ingest/rl_pool",
                 "instruction": "curation.instruction2/instruction",

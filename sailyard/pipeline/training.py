@@ -24,13 +24,14 @@ def bootstrap_stages(gpus: int) -> list[Stage]:
         Stage(
             "bootstrap.vision",
             "training.bootstrap:run_vision",
-            2,
+            4,
             inputs={
                 "language": "bootstrap.language/language",
                 "reference": "curation.ingest/reference",
+                "text": "curation.text/text",
             },
             outputs=("vision", "captioner"),
-            sections=("bootstrap.vision", "bootstrap.tower", "model"),
+            sections=("bootstrap.vision", "bootstrap.adapter", "bootstrap.tower", "model"),
             doc="Vision tower, and the predecessor model that judges and validates data.",
             needs_torch=True,
             resumable=True,
@@ -51,7 +52,7 @@ def _training_stage(
     return Stage(
         name,
         entry,
-        1,
+        3,
         inputs=inputs,
         outputs=("checkpoint",),
         sections=(*(sections or (name,)), "model"),

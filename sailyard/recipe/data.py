@@ -294,6 +294,10 @@ class LongCoTData(Section):
     num_samples: int = Field(400_000, ge=1)
     """Samples kept, at most. Paper section 4.1.3."""
 
+    skills: list[str] = Field([])
+    """Skills whose questions get a chain; all when empty. What one look answers needs none. Our
+    choice: all."""
+
     max_overlap: float = Field(0.8, ge=0, le=1)
     """A thought is redundant if a larger share of its tokens is the answer's. Paper names the
     filter without a threshold; our choice."""

@@ -28,6 +28,9 @@ class Bootstrap(Section):
     tower: TowerRecipe = TowerRecipe()
     """The ViT alone, on the tags of the reference set; skipped for a pretrained tower."""
 
+    adapter: TrainRecipe = TrainRecipe(trainable=["adapter"], lr=3e-4, batch_size=64, epochs=0.1)
+    """The adapter alone, between that ViT and the frozen language model."""
+
     vision: TrainRecipe = TrainRecipe(lr=3e-4, batch_size=64)
     """The ViT inside a captioner, on the captions and questions of the reference set."""
 

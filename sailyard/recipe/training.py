@@ -96,10 +96,11 @@ class TrainRecipe(Optimization):
     """Samples of these tasks are seen before all others, once: a curriculum for small networks
     that learn to look at a place sooner when nothing else is asked. Our choice: none."""
 
-    loss_norm: Literal["token", "turn", "sample"] = "token"
+    loss_norm: Literal["token", "square", "turn", "sample"] = "token"
     """Mean over labelled tokens (token); mean over answers of their token means, so that a one-word
-    answer weighs as much as a caption (turn); or mean over samples of their token sums, as the
-    equations of paper section 4.2 are written (sample). Our choice: token."""
+    answer weighs as much as a caption (turn); half way between, a token weighing 1 / sqrt(length of
+    its answer) (square, as InternVL 2.5 does, arXiv:2412.05271); or mean over samples of their
+    token sums, as the equations of paper section 4.2 are written (sample). Our choice: token."""
 
     look_ahead: int = Field(256, ge=1)
     """Samples the packer holds to choose from. The paper names a buffer, not its size; our

@@ -111,7 +111,7 @@ def test_lengths_are_balanced_as_far_as_bins_allow() -> None:
     assert len(balance_lengths(written, 10_000, 3, rng)[0]) == 570
 
 
-def _context(tmp_path: Path, name: str) -> StageContext:
+def _context(tmp_path: Path, name: str, skills: str = "[]") -> StageContext:
     pool = list(prompt_pool(120, np.random.default_rng(2), 84))
     pool.append(replace(pool[0], id="twin"))
     inputs = {
@@ -122,7 +122,8 @@ def _context(tmp_path: Path, name: str) -> StageContext:
     for key, folder in folders.items():
         if not folder.exists():
             write_samples(folder, inputs[key])
-    recipe = load_recipe("micro", ["curation.longcot.num_samples=80"])
+    overrides = ["curation.longcot.num_samples=80", f"curation.longcot.skills={skills}"]
+    recipe = load_recipe("micro", overrides)
     return local_context(tmp_path / name, recipe, "curation.longcot", folders)
 
 
@@ -147,3 +148,10 @@ def test_the_stage_keeps_sound_chains_and_accounts_for_every_question(tmp_path: 
     again = _context(tmp_path, "b")
     longcot.run(again)
     assert list(read_samples(again.output("longcot"))) == samples
+
+
+def test_only_the_named_skills_get_chains(tmp_path: Path) -> None:
+    ctx = _context(tmp_path, "a", "[sum]")
+    longcot.run(ctx)
+    assert {s.meta["skill"] for s in read_samples(ctx.output("longcot"))} == {"sum"}
+    assert ctx.summary_values["funnel"]["one look"] > 0

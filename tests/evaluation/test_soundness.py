@@ -41,6 +41,14 @@ def reply(chain: str, answer: str) -> str:
         (f"{PLACES} {ABOVE}", "yes", RELATION, SCENE),
         (f"{SEEN} There is a red circle.", "yes", "Is there a red circle?", SCENE),
         (f"{SEEN} There is no green circle.", "no", "Is there a green circle?", SCENE),
+        (
+            "As the nearest to a green square I see a blue square in the center. "
+            "Asked: green square. Found: blue square. There is no green square.",
+            "no",
+            "Is there a green square?",
+            SCENE,
+        ),
+        (f"{PLACES} {ABOVE} Asked: above. Found: above.", "yes", RELATION, SCENE),
     ],
 )
 def test_true_chains_hold(chain: str, answer: str, question: str, scene: dict[str, object]) -> None:

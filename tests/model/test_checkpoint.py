@@ -129,6 +129,20 @@ def test_a_fresh_decoder_passes_its_embeddings_through(moe):
         assert torch.equal(language(ids).logits, expected)
 
 
+def test_a_fresh_adapter_makes_visual_tokens_as_long_as_words():
+    narrow = {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "intermediate_size": 48}
+    shape = ModelShape(
+        vision={**narrow, "image_size": 56},
+        language={**narrow, "num_kv_heads": 1, "vocab_size": 400},
+    )
+    model = build_from_recipe(shape, tokenizer(), seed=9)
+    with torch.no_grad():
+        visual = model.encode_images(torch.randn(4, 3, 56, 56)).flatten(0, 1)
+    words = model.get_input_embeddings().weight
+    ratio = visual.norm(dim=-1).mean() / words.norm(dim=-1).mean()
+    assert 0.67 < ratio < 1.5
+
+
 def test_the_language_directory_is_an_ordinary_qwen3(tmp_path):
     model = network()
     save_language(tmp_path, model.language_model, tokenizer())

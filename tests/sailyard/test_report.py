@@ -141,6 +141,7 @@ def test_the_report_is_one_json_object_and_a_few_tables(yard: Yard, run_id: str)
         "training",
         "reinforcement",
         "held-out accuracy",
+        "held-out accuracy, asked to think",
         "serving",
     }
     for columns, rows in tables.values():
@@ -148,3 +149,5 @@ def test_the_report_is_one_json_object_and_a_few_tables(yard: Yard, run_id: str)
     columns, rows = tables["held-out accuracy"]
     assert tuple(columns) == ("checkpoint", "overall", "count", "colour")
     assert rows[-1][0] == "majority class"
+    columns, rows = tables["held-out accuracy, asked to think"]
+    assert tuple(columns) == ("checkpoint", "overall", "count")

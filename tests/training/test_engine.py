@@ -55,7 +55,7 @@ def gradients(**changes: object) -> dict[str, torch.Tensor]:
     return caught
 
 
-@pytest.mark.parametrize("loss_norm", ["token", "turn", "sample"])
+@pytest.mark.parametrize("loss_norm", ["token", "square", "turn", "sample"])
 def test_the_gradient_does_not_depend_on_the_micro_batch(loss_norm: str) -> None:
     whole = gradients(loss_norm=loss_norm)
     for micro in (1, 2):

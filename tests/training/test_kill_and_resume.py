@@ -66,7 +66,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def inputs_of(stage: str, materials: dict[str, Path]) -> dict[str, str]:
     wanted = {
         "bootstrap.language": {"text": "text"},
-        "bootstrap.vision": {"language": "language", "reference": "pictures"},
+        "bootstrap.vision": {"language": "language", "reference": "pictures", "text": "text"},
         "pretraining.basic": {"checkpoint": "model", "language": "language", "mix": "pictures"},
         "post_training.base_sft_2": {"checkpoint": "model", "instruction": "pictures"},
     }[stage]

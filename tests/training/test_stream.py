@@ -115,3 +115,8 @@ def test_when_nothing_fits_the_way_out_is_named(tmp_path: Path) -> None:
 def test_weights_must_name_inputs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights name"):
         open_sources({"a": dataset(tmp_path, "a", 3)}, {"b": 1.0})
+
+
+def test_first_tasks_must_be_tasks_of_an_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"first_tasks names \['colur'\]"):
+        open_sources({"a": dataset(tmp_path, "a", 3)}, first_tasks=["colur"])

@@ -25,8 +25,8 @@ from training.rl.judges import RoutingJudge
 from training.rl.losses import overlong_penalty
 from training.rl.rewards import Judge, Prompt, RewardError, RewardScheme, RewardTerms, score
 
-HELDOUT_SHARE = 0.15
-MAX_HELDOUT = 48
+HELDOUT_SHARE = 0.2
+MAX_HELDOUT = 128
 """Prompts kept away from training, to measure the reward before and after on equal terms (our
 choice). More would only steady the figure: at five replies each, 48 prompts put the standard
 error of a paired difference near 0.03."""
