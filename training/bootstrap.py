@@ -70,6 +70,7 @@ def run_vision(ctx: StageContext) -> None:
     vision = load_vision(shape.pretrained_vision) if shape.pretrained_vision else None
     model = build_from_recipe(shape, tokenizer, seed=ctx.seed, vision=vision, language=language)
     reference, tower_recipe = ctx.input("reference"), ctx.section("bootstrap.tower")
+    torch.set_num_threads(ctx.section("bootstrap.vision").threads)
     first_step = 0 if vision else tower_recipe.steps
     before = carried(ctx, first_step)
     if before is None:

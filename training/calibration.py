@@ -64,7 +64,7 @@ def run(ctx: StageContext) -> None:
 def _resume(
     ctx: StageContext, language: Any, calibrator: ExpertCalibrator, stream: PackedStream
 ) -> int:
-    latest = ctx.checkpoints.latest()
+    latest = ctx.checkpoints.resume_point
     if latest is None:
         return 0
     step, directory = latest

@@ -38,7 +38,7 @@ def encoder(processor: SailVLProcessor) -> Callable[[Sample], Encoded]:
 
 def carried(ctx: StageContext, first_step: int) -> dict[str, Any] | None:
     """What the arms before `first_step` measured, if the newest checkpoint is past them."""
-    latest = ctx.checkpoints.latest()
+    latest = ctx.checkpoints.resume_point
     if latest is None or latest[0] <= first_step:
         return None
     state = json.loads((latest[1] / STATE_FILE).read_text(encoding="utf-8"))
@@ -181,7 +181,7 @@ class SupervisedRun:
         self.ctx.checkpoints.save(self.first_step + self.progress.step, directory)
 
     def _resume(self) -> None:
-        latest = self.ctx.checkpoints.latest()
+        latest = self.ctx.checkpoints.resume_point
         if latest is None or latest[0] <= self.first_step:
             return
         directory = latest[1]

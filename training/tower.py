@@ -96,7 +96,7 @@ def pretrain_tower(
 
     Resumes from the stage's newest checkpoint.
     """
-    latest = ctx.checkpoints.latest()
+    latest = ctx.checkpoints.resume_point
     data = TaggedImages(reference, processor.image_size)
     tagger = Tagger(vision, len(data.vocabulary), processor.downsample).train()
     optimizer = torch.optim.AdamW(

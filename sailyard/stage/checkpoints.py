@@ -13,6 +13,7 @@ import logging
 import secrets
 import shutil
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,15 @@ class Checkpoints:
             self._pointer_key(step), {"step": step, "data": data, "files": files}
         )
         self._prune()
+
+    @cached_property
+    def resume_point(self) -> tuple[int, Path] | None:
+        """The checkpoint that this process goes on from, as ``latest`` gave it when first asked.
+
+        Parts of a stage that each looked for themselves could see different ones, should the
+        store fail in between: one part would count as done whose weights the next never loaded.
+        """
+        return self.latest()
 
     def latest(self) -> tuple[int, Path] | None:
         """The newest checkpoint that is whole: its step and a local copy, or None."""

@@ -62,6 +62,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert load_step(checkpoints) == (5, "state 5")
 
 
+def test_the_resume_point_does_not_move(store: ObjectStore, tmp_path: Path) -> None:
+    save_step(Checkpoints(store, "k", tmp_path / "first"), tmp_path / "save", 5)
+    checkpoints = Checkpoints(store, "k", tmp_path / "resume")
+    point = checkpoints.resume_point
+    assert point is not None and point[0] == 5
+    save_step(checkpoints, tmp_path / "save", 10)
+    store.delete("checkpoints/k/000000000005.json")
+    assert checkpoints.resume_point == point
+    assert (point[1] / "part" / "state.txt").read_text() == "state 5"
+
+
 def test_a_checkpoint_is_free_of_its_folder(store: ObjectStore, tmp_path: Path) -> None:
     checkpoints = Checkpoints(store, "k", tmp_path / "resume")
     save_step(checkpoints, tmp_path / "save", 5)

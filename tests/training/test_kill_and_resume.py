@@ -20,8 +20,10 @@ from curation.world.text import text_samples
 from model.checkpoint import build_from_recipe, save_language, save_model
 from model.processor import SailVLProcessor
 from model.tokenizer import train_tokenizer
+from sailyard.artifacts import LocalStore
 from sailyard.recipe import load_recipe
 from sailyard.samples import write_samples
+from sailyard.stage import Checkpoints
 from tests.training.run_entry import context
 
 STEPS = {"max_steps": 12, "checkpoint_every": 2, "batch_size": 2, "micro_batch_size": 2}
@@ -101,7 +103,9 @@ def test_killed_three_times_ends_with_the_same_weights(
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert start(stage, undisturbed, inputs).wait() == 0
     paths = {name: Path(path) for name, path in inputs.items()}
-    watcher = context(stage, killed, paths, STAGES[stage]).checkpoints
+    # A folder of its own: in the stage's, one would delete what the other has just downloaded.
+    key = context(stage, killed, paths, STAGES[stage]).key
+    watcher = Checkpoints(LocalStore(killed / "store"), key, tmp_path / "watcher")
     moments = random.Random(stage)
     num_kills = 0
     for _ in range(3):

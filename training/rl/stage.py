@@ -226,7 +226,7 @@ class ReinforcementRun:
         self.ctx.checkpoints.save(self.state.step, directory)
 
     def _resume(self) -> None:
-        latest = self.ctx.checkpoints.latest()
+        latest = self.ctx.checkpoints.resume_point
         if latest is not None:
             scalars = load_state(latest[1], self.policy.model, self.policy.optimizer)
             self.state = RunState(**scalars)
