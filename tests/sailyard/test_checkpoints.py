@@ -66,7 +66,8 @@ def test_the_resume_point_does_not_move(store: ObjectStore, tmp_path: Path) -> N
     save_step(Checkpoints(store, "k", tmp_path / "first"), tmp_path / "save", 5)
     checkpoints = Checkpoints(store, "k", tmp_path / "resume")
     point = checkpoints.resume_point
-    assert point is not None and point[0] == 5
+    assert point is not None
+    assert point[0] == 5
     save_step(checkpoints, tmp_path / "save", 10)
     store.delete("checkpoints/k/000000000005.json")
     assert checkpoints.resume_point == point
