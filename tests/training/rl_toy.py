@@ -67,6 +67,7 @@ def build_policy(moe: bool = False) -> tuple[SailVLForConditionalGeneration, Sai
 
 def save_guessing_policy(directory: Path, steps: int = 180, moe: bool = False) -> None:
     """Train the policy to be right every other time, and save it as a checkpoint."""
+    torch.manual_seed(0)
     model, processor = build_policy(moe)
     encoded = [
         processor.encode(

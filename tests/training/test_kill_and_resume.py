@@ -104,7 +104,7 @@ def test_killed_three_times_ends_with_the_same_weights(
     assert start(stage, undisturbed, inputs).wait() == 0
     paths = {name: Path(path) for name, path in inputs.items()}
     # A folder of its own: in the stage's, one would delete what the other has just downloaded.
-    key = context(stage, killed, paths, STAGES[stage]).key
+    key = context(stage, killed, paths, STAGES[stage]).cache_key
     watcher = Checkpoints(LocalStore(killed / "store"), key, tmp_path / "watcher")
     moments = random.Random(stage)
     num_kills = 0

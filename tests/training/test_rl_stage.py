@@ -190,7 +190,7 @@ def test_reward_rises_on_a_toy_task(tmp_path: Path, moe: bool) -> None:
         stage,
         tmp_path / "policy",
         tmp_path / "prompts",
-        steps=30,
+        steps=45,
         prompts_per_step=16,
         rollouts_per_prompt=5,
         checkpoint_every=50,
