@@ -45,6 +45,8 @@ def start(home: Path, *arguments: str) -> tuple[subprocess.Popen[bytes], Path]:
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Tests started in the background inherit that SIGINT is ignored; a terminal's do not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     return process, output
 
