@@ -43,7 +43,19 @@ class Adapter(nn.Sequential):
         )
         self.downsample = downsample
 
-    def forward(self, features_NPD: torch.Tensor) -> torch.Tensor:
-        """[num_tiles, num_patches, vision_width] -> [num_tiles, num_cells, language_width]."""
-        visual_tokens: torch.Tensor = super().forward(merge_patches(features_NPD, self.downsample))
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Visual features to language tokens.
+
+        Args:
+            features: [num_tiles, num_patches, vision_width], patches row-major; or
+                [num_patches, vision_width], images of any size in cell order.
+
+        Returns:
+            [num_tiles, num_cells, language_width], or [num_cells, language_width].
+        """
+        if features.ndim == 2:
+            merged = features.reshape(-1, features.shape[-1] * self.downsample**2)
+        else:
+            merged = merge_patches(features, self.downsample)
+        visual_tokens: torch.Tensor = super().forward(merged)
         return visual_tokens

@@ -14,6 +14,11 @@ class SailViTConfig(Aimv2VisionConfig):
 
     Defaults are SAIL-ViT-Huge of the released checkpoint: 1536 wide, 24 layers, 12 heads,
     448-pixel tiles cut into 14-pixel patches, so 1,024 patches per tile.
+
+    Args:
+        rope_2d: turn queries and keys by row and column as well (paper Figure 2 draws it, its text
+            does not name it; spec A1). Off in the released checkpoint.
+        rope_theta: base of that rotation, our choice.
     """
 
     model_type = "sailvit"
@@ -26,11 +31,18 @@ class SailViTConfig(Aimv2VisionConfig):
     image_size: int = 448
     patch_size: int = 14
     use_head: bool = False
+    rope_2d: bool = False
+    rope_theta: float = 10_000.0
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of a tile, and of the position table."""
+        return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
         """Patches per tile."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.grid_size**2
 
 
 class SailVLConfig(PreTrainedConfig):
@@ -73,7 +85,7 @@ class SailVLConfig(PreTrainedConfig):
     @property
     def grid_size(self) -> int:
         """Patches along one side of a tile."""
-        return self.vision_config.image_size // self.vision_config.patch_size
+        return int(self.vision_config.grid_size)
 
     @property
     def tokens_per_tile(self) -> int:

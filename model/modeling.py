@@ -210,12 +210,34 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The three parts that recipes freeze and train by name."""
         return {"vision": self.vision_model, "adapter": self.mlp1, "language": self.language_model}
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Tiles [N, 3, S, S] -> visual tokens [N, tokens_per_tile, D]."""
-        tokens: torch.Tensor = self.mlp1(self.vision_model.encode(pixel_values))
+    def encode_images(
+        self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Visual tokens, ready to stand among the words.
+
+        Args:
+            pixel_values: tiles [N, 3, S, S]; with `image_grids`, the patches [P, 3 * p * p] of
+                images of any size, in cell order (`model.patches`).
+            image_grids: [N, 2], rows and columns of patches of each image.
+
+        Returns:
+            [N, tokens_per_tile, D], or [P / downsample ** 2, D].
+        """
+        if image_grids is None:
+            features = self.vision_model.encode(pixel_values)
+        else:
+            features = self.vision_model.encode_packed(
+                pixel_values, image_grids, self.config.downsample
+            )
+        tokens: torch.Tensor = self.mlp1(features)
         return tokens
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_grids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Token embeddings with the visual tokens in place of <IMG_CONTEXT>.
 
         Tiles are taken in the order their placeholders stand, row after row. In training, a
@@ -224,30 +246,42 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, T].
-            pixel_values: [N, 3, S, S], or None.
+            pixel_values, image_grids: as in `encode_images`, or None.
 
         Returns:
             [B, T, D].
 
         Raises:
-            ValueError: placeholders and tiles do not match.
+            ValueError: placeholders and images do not match.
         """
         embeds: torch.Tensor = self.get_input_embeddings()(input_ids)
         slots = (input_ids.reshape(-1) == self.config.image_token_id).nonzero()[:, 0]
-        num_tiles = 0 if pixel_values is None else pixel_values.shape[0]
-        expected = num_tiles * self.config.tokens_per_tile
-        if slots.numel() != expected:
-            raise ValueError(
-                f"{slots.numel()} <IMG_CONTEXT> tokens for {num_tiles} tiles of "
-                f"{self.config.tokens_per_tile} tokens each (= {expected}): a row was cut inside "
-                f"an image, or pixel_values were left out"
-            )
-        if pixel_values is None or num_tiles == 0:
+        self._check_slots(slots.numel(), pixel_values, image_grids)
+        if pixel_values is None or len(pixel_values) == 0:
             return embeds + self._untouched_vision(embeds) if self.training else embeds
-        visual = self.encode_images(pixel_values.to(self.dtype))
+        visual = self.encode_images(pixel_values.to(self.dtype), image_grids)
         flat = embeds.reshape(-1, embeds.shape[-1])
         flat = flat.index_copy(0, slots, visual.reshape(-1, visual.shape[-1]).to(flat.dtype))
         return flat.view_as(embeds)
+
+    def _check_slots(
+        self,
+        num_slots: int,
+        pixel_values: torch.Tensor | None,
+        image_grids: torch.Tensor | None,
+    ) -> None:
+        num_rows = 0 if pixel_values is None else len(pixel_values)
+        if image_grids is None:
+            what, each = "tiles", self.config.tokens_per_tile
+            expected = num_rows * each
+        else:
+            what, each = "patches", self.config.downsample**2
+            expected = num_rows // each
+        if num_slots != expected:
+            raise ValueError(
+                f"{num_slots} <IMG_CONTEXT> tokens for {num_rows} {what}, which need {expected}: "
+                f"a row was cut inside an image, or pixel_values were left out"
+            )
 
     def _untouched_vision(self, like: torch.Tensor) -> torch.Tensor:
         size = self.config.vision_config.image_size
@@ -266,13 +300,14 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = False,
         logits_to_keep: int = 0,
         output_router_logits: bool | None = None,
+        image_grids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SailVLOutput:
         """Embed, place visual tokens, decode; see `embed`, `language_forward`, `SailVLOutput`.
 
         Args:
             input_ids: [B, T].
-            pixel_values: [N, 3, S, S] in placeholder order, or None.
+            pixel_values, image_grids: as in `encode_images`, in placeholder order, or None.
             attention_mask: [B, T] padding mask or segment ids, or [B, 1, T, T] bool of
                 `block_mask`.
             position_ids: [B, T]; by default counted from the mask.
@@ -286,7 +321,7 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("forward needs input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_grids)
         return language_forward(
             self.language_model,
             inputs_embeds,
@@ -308,7 +343,7 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and inputs.get("use_cache", True):
-            inputs["pixel_values"] = None
+            inputs["pixel_values"] = inputs["image_grids"] = None
         return inputs
 
 

@@ -1,0 +1,193 @@
+"""AnyRes: images of any size in one packed call, each as if it were alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AttentionInterface
+
+from model.config import SailViTConfig
+from model.patches import MAX_PATCHES, cell_order, native_grid, to_patches
+from model.tiling import to_pixels
+from model.vision import SailViT
+from tests.model.tiny import SIZE, image, network, vision_config
+
+SIZES = [(SIZE, SIZE), (28, 28), (140, 57), (33, 200), (SIZE, SIZE)]  # width, height
+
+
+def patches_of(images: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+    made = [to_patches(picture) for picture in images]
+    flat = torch.from_numpy(np.concatenate([patches for patches, _ in made]))
+    return flat, torch.tensor([grid for _, grid in made])
+
+
+def tower(rope_2d: bool = False, attention: str = "sdpa") -> SailViT:
+    torch.manual_seed(0)
+    config = vision_config()
+    config.rope_2d = rope_2d
+    return SailViT._from_config(config, attn_implementation=attention).eval()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid"),
+    [
+        (448, 448, (32, 32)),
+        (1792, 1792, (128, 128)),
+        (1, 1, (2, 2)),
+        (50, 50, (4, 4)),  # the three sizes that the paper's Figure 2 draws
+        (280, 160, (12, 20)),
+        (3580, 2260, (100, 160)),
+        (1, 5000, (358, 2)),
+        (200_000, 1, (2, 8192)),
+    ],
+)
+def test_grid_of(width, height, grid):
+    assert native_grid(width, height) == grid
+
+
+def test_grids_are_whole_squares_within_the_limit_and_keep_the_aspect():
+    rng = np.random.default_rng(0)
+    for width, height in (2 ** rng.uniform(0, 13, (300, 2))).astype(int):
+        rows, columns = native_grid(int(width), int(height))
+        assert rows % 2 == columns % 2 == 0
+        assert 4 <= rows * columns <= MAX_PATCHES
+        if min(rows, columns) >= 20:  # then rounding moves a side by less than a tenth
+            assert columns / rows == pytest.approx(width / height, rel=0.11)
+
+
+def test_a_size_without_pixels_is_named():
+    with pytest.raises(ValueError, match="0 x 5"):
+        native_grid(0, 5)
+    with pytest.raises(ValueError, match="max_patches 3"):
+        native_grid(5, 5, max_patches=3)
+
+
+def test_cell_order_is_the_adapters_merge_order():
+    assert cell_order(2, 4).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize("rope_2d", [False, True])
+def test_at_the_tile_size_anyres_is_the_fixed_path(rope_2d):
+    model = network()
+    model.vision_model.config.rope_2d = rope_2d
+    pictures = [image(1), image(2)]
+    patches, grids = patches_of(pictures)
+    with torch.inference_mode():
+        tiles = model.encode_images(torch.from_numpy(to_pixels(pictures)))
+        native = model.encode_images(patches, grids)
+    torch.testing.assert_close(native, tiles.flatten(0, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_rope_turns_by_place():
+    patches, grids = patches_of([image(1, 84, 112)])
+    plain, turned = tower(), tower(rope_2d=True)
+    turned.load_state_dict(plain.state_dict())
+    with torch.inference_mode():
+        difference = plain.encode_packed(patches, grids) - turned.encode_packed(patches, grids)
+    assert difference.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("rope_2d", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_images_are_as_if_alone(rope_2d, attention):
+    vision = tower(rope_2d, attention)
+    pictures = [image(number, *size) for number, size in enumerate(SIZES)]
+    with torch.inference_mode():
+        packed = vision.encode_packed(*patches_of(pictures))
+        alone = torch.cat([vision.encode_packed(*patches_of([picture])) for picture in pictures])
+    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_no_gradient_crosses_images():
+    vision = tower()
+    patches, grids = patches_of([image(number, *size) for number, size in enumerate(SIZES)])
+    patches.requires_grad_()
+    ends = grids.prod(dim=1).cumsum(0)
+    features = vision.encode_packed(patches, grids)
+    features[ends[1] : ends[2]].square().sum().backward()  # the third image
+    assert patches.grad is not None
+    assert patches.grad[ends[1] : ends[2]].abs().min(dim=1).values.max() > 0
+    assert torch.all(patches.grad[: ends[1]] == 0)
+    assert torch.all(patches.grad[ends[2] :] == 0)
+
+
+def test_a_back_end_for_packed_rows_gets_the_places_of_the_images():
+    """The keywords are those of transformers' flash attention, which needs a GPU."""
+
+    def varlen(module, query, key, value, mask, *, cu_seq_lens_q, cu_seq_lens_k, **kwargs):
+        assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+        assert kwargs["max_length_q"] == kwargs["max_length_k"] == int(cu_seq_lens_q.diff().max())
+        out = [
+            F.scaled_dot_product_attention(
+                query[..., a:b, :], key[..., a:b, :], value[..., a:b, :], scale=kwargs["scaling"]
+            )
+            for a, b in pairwise(cu_seq_lens_q.tolist())
+        ]
+        return torch.cat(out, dim=2).transpose(1, 2), None
+
+    AttentionInterface.register("test_varlen", varlen)
+    patches, grids = patches_of([image(number, *size) for number, size in enumerate(SIZES)])
+    vision, other = tower(), tower()
+    other.config._attn_implementation = "test_varlen"
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            vision.encode_packed(patches, grids), other.encode_packed(patches, grids)
+        )
+
+
+def test_the_position_table_bends_to_the_grid():
+    """A table that counts columns still counts them, in steps of its own grid."""
+    vision = tower()
+    side = vision.config.grid_size
+    with torch.no_grad():
+        vision.embeddings.position_embedding.weight[:] = (torch.arange(side**2) % side)[:, None]
+        fine = vision._positions([(2 * side, 4 * side)], 1)[:, 0].view(2 * side, 4 * side)
+    assert torch.allclose(fine, fine[:1].expand_as(fine), atol=1e-5)
+    inner = fine[0, 8:-8].diff()
+    torch.testing.assert_close(inner, torch.full_like(inner, 1 / 4))
+
+
+def test_patches_and_grids_that_do_not_match_are_named():
+    patches, grids = patches_of([image(1)])
+    with pytest.raises(ValueError, match=r"grids \[\(4, 4\), \(4, 4\)\] need patches \[32, 588\]"):
+        tower().encode_packed(patches, grids.repeat(2, 1))
+
+
+def test_the_network_reads_images_of_any_size():
+    model = network()
+    patches, grids = patches_of([image(1, 84, 28), image(2, 28, 28)])
+    ids = torch.tensor([[5, *[model.config.image_token_id] * 3, 6, model.config.image_token_id]])
+    with torch.inference_mode():
+        logits = model(input_ids=ids, pixel_values=patches, image_grids=grids).logits
+        swapped = model(input_ids=ids, pixel_values=patches.flip(0), image_grids=grids).logits
+    assert logits.shape[:2] == ids.shape
+    assert (logits - swapped).abs().max() > 1e-3
+    more = torch.cat((ids, ids[:, 1:2]), dim=1)
+    with pytest.raises(ValueError, match="5 <IMG_CONTEXT> tokens for 16 patches, which need 4"):
+        model(input_ids=more, pixel_values=patches, image_grids=grids)
+
+
+@pytest.mark.slow
+def test_the_largest_image_needs_no_square_of_its_patches():
+    """16,384 patches: their scores alone would be 1 GiB a head."""
+    config = SailViTConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+    )
+    vision = SailViT._from_config(config, attn_implementation="sdpa").eval()
+    patches, grids = patches_of([image(1, 1792, 1792)])
+    before = peak_memory()
+    with torch.inference_mode():
+        assert vision.encode_packed(patches, grids).shape == (MAX_PATCHES, 64)
+    assert peak_memory() - before < 500 * 2**20
+
+
+def peak_memory() -> int:
+    """Bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
