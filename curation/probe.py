@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from model.batching import ImageInputs, image_inputs
 from model.masks import block_mask, block_positions
 from model.modeling import IGNORE
 from sailyard.media import decode_image
@@ -35,13 +36,13 @@ class Row:
 
     Attributes:
         input_ids, segment_ids, labels: [1, T]; segments count from 1.
-        pixel_values: [N, 3, S, S] or None.
+        images: of all samples, in order.
     """
 
     input_ids: torch.Tensor
     segment_ids: torch.Tensor
     labels: torch.Tensor
-    pixel_values: torch.Tensor | None
+    images: ImageInputs
 
 
 def encode(processor: SailVLProcessor, samples: Sequence[Sample]) -> list[Encoded]:
@@ -61,12 +62,11 @@ def pack(encoded: Sequence[Encoded]) -> Row:
     lengths = [len(item.input_ids) for item in encoded]
     ids = np.concatenate([item.input_ids for item in encoded])
     trained = np.concatenate([item.loss_mask for item in encoded])
-    tiles = [item.pixel_values for item in encoded if item.num_tiles]
     return Row(
         input_ids=torch.from_numpy(ids)[None],
         segment_ids=torch.from_numpy(np.repeat(np.arange(1, len(lengths) + 1), lengths))[None],
         labels=torch.from_numpy(np.where(trained, ids, IGNORE))[None],
-        pixel_values=torch.from_numpy(np.concatenate(tiles)) if tiles else None,
+        images=image_inputs(encoded),
     )
 
 
@@ -89,7 +89,7 @@ def _forward(model: SailVLForConditionalGeneration, row: Row):  # type: ignore[n
         input_ids=row.input_ids,
         attention_mask=row.segment_ids,
         labels=row.labels,
-        pixel_values=row.pixel_values,
+        **row.images,
         output_router_logits=False,
     )
 

@@ -18,7 +18,7 @@ of nearest neighbour and whether the adapter is included (spec A25). Our choices
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -29,7 +29,7 @@ from scipy.spatial.distance import cdist
 
 if TYPE_CHECKING:
     from model.modeling import SailVLForConditionalGeneration
-    from model.processor import SailVLProcessor
+    from model.processor import Encoded, SailVLProcessor
 
 PAPER_IMAGES = 5
 PAPER_WIDTH = 2
@@ -120,20 +120,34 @@ def visual_tokens(
     images: Sequence[Image.Image],
 ) -> tuple[Array, Array, list[int]]:
     """ViT tokens [N, C] before the adapter, LM-side tokens [M, D] after it, M per image."""
-    tiles = [_tiles(processor, image) for image in images]
-    pixels = torch.cat(tiles)
+    messages = [{"role": "user", "content": "<image>\n"}]
+    encoded = [processor.encode(messages, [image]) for image in images]
     was_training = model.training
     model.eval()
     before: list[torch.Tensor] = []
     after: list[torch.Tensor] = []
-    for batch in pixels.split(TILE_BATCH):
-        vit_NPC = model.vision_model.encode(batch.to(model.dtype))
-        before.append(vit_NPC.flatten(0, 1))
-        after.append(model.mlp1(vit_NPC).flatten(0, 1))
+    for features in _vit_features(model, encoded):
+        before.append(features.reshape(-1, features.shape[-1]))
+        after.append(model.mlp1(features).flatten(0, -2))
     model.train(was_training)
-    per_tile = sum(map(len, after)) // len(pixels)
-    counts = [len(tile) * per_tile for tile in tiles]
+    counts = [int((item.input_ids == processor.image_token_id).sum()) for item in encoded]
     return _numpy(torch.cat(before)), _numpy(torch.cat(after)), counts
+
+
+def _vit_features(
+    model: SailVLForConditionalGeneration, encoded: Sequence[Encoded]
+) -> Iterator[torch.Tensor]:
+    """Tiles [n, P, C] in batches across images, or images of any size [P, C] one by one."""
+    tower = model.vision_model
+    if encoded[0].image_grids is None:
+        tiles = torch.from_numpy(np.concatenate([item.pixel_values for item in encoded]))
+        for batch in tiles.split(TILE_BATCH):
+            yield tower.encode(batch.to(model.dtype))
+    for item in encoded:
+        if item.image_grids is not None:
+            patches = torch.from_numpy(item.pixel_values).to(model.dtype)
+            grids = torch.from_numpy(item.image_grids)
+            yield tower.encode_packed(patches, grids, model.config.downsample)
 
 
 def text_rows(model: SailVLForConditionalGeneration, num_rows: int, seed: int) -> Array:
@@ -203,9 +217,3 @@ def _sample(rows: Array, limit: int, rng: np.random.Generator) -> Array:
 
 def _numpy(tensor: torch.Tensor) -> Array:
     return tensor.detach().float().cpu().numpy().astype(np.float64)
-
-
-def _tiles(processor: SailVLProcessor, image: Image.Image) -> torch.Tensor:
-    """Tiles [n, 3, S, S] of one image, as the model would see them in a prompt."""
-    messages = [{"role": "user", "content": "<image>\n"}]
-    return torch.from_numpy(np.asarray(processor.encode(messages, [image]).pixel_values))

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from model.batching import image_inputs
+
 if TYPE_CHECKING:
     from model.modeling import SailVLForConditionalGeneration
     from model.processor import Encoded, SailVLProcessor
@@ -59,7 +61,7 @@ class Tree:
     position_ids: np.ndarray  # [T], a branch goes on where the trunk ends
     branch: np.ndarray  # [T], 0 for the trunk, else the question's number from 1
     ends: list[int]  # last token of each branch
-    pixel_values: np.ndarray  # [num_tiles, 3, S, S]
+    first: Encoded  # its images are those of all
 
 
 def grow(encoded: Sequence[Encoded]) -> Tree:
@@ -79,7 +81,7 @@ def grow(encoded: Sequence[Encoded]) -> Tree:
         position_ids=np.concatenate(positions),
         branch=np.repeat(np.arange(len(parts)), lengths),
         ends=(np.cumsum(lengths)[1:] - 1).tolist(),
-        pixel_values=encoded[0].pixel_values,
+        first=encoded[0],
     )
 
 
@@ -148,9 +150,8 @@ def _end_logits(
 
     ids = padded([tree.input_ids for tree in trees], pad_token_id)
     branch = padded([tree.branch for tree in trees], -1)
-    pixels = np.concatenate([tree.pixel_values for tree in trees])
     hidden_BTD = model.language_model.model(
-        inputs_embeds=model.embed(ids, torch.from_numpy(pixels) if len(pixels) else None),
+        inputs_embeds=model.embed(ids, **image_inputs(tree.first for tree in trees)),
         attention_mask=tree_mask(branch),
         position_ids=padded([tree.position_ids for tree in trees], 0),
         use_cache=False,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.batching import image_inputs
 from model.generation import Prompt
 from model.moe import RouterMeter
 
@@ -34,10 +35,9 @@ def router_health(
         encoded = processor.encode(
             prompt.messages, prompt.images, prompt.is_video, add_generation_prompt=True
         )
-        pixels = torch.from_numpy(encoded.pixel_values) if encoded.num_tiles else None
         output = model(
             input_ids=torch.from_numpy(encoded.input_ids)[None],
-            pixel_values=pixels,
+            **image_inputs([encoded]),
             output_router_logits=True,
             logits_to_keep=1,
         )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from model.batching import image_inputs
 from model.chat import Message
 from model.decoding import Decoder
 from model.modeling import SailVLForConditionalGeneration
@@ -170,7 +171,7 @@ class _Sampler:
         self.processor = processor
         self.temperature = temperature
         device = model.device
-        input_ids, mask, pixels = _left_pad(batch, processor.pad_token_id)
+        input_ids, mask = _left_pad(batch, processor.pad_token_id)
         room = model.config.text_config.max_position_embeddings - input_ids.shape[1]
         if room < 1:
             raise GenerationError(
@@ -180,7 +181,7 @@ class _Sampler:
         self.limit = min(max_new_tokens, room)
         vocab_size = model.config.text_config.vocab_size
         self.never = torch.from_numpy(processor.never_generated(vocab_size)).to(device)
-        embeds = model.embed(input_ids.to(device), None if pixels is None else pixels.to(device))
+        embeds = model.embed(input_ids.to(device), **image_inputs(batch, device))
         self.decoder = Decoder(
             model.language_model, embeds, mask.to(device), self.limit, repeats=repeats
         )
@@ -275,19 +276,15 @@ def _draw(
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def _left_pad(
-    batch: Sequence[Encoded], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Ids [B, T] and mask [B, T] with padding on the left; all tiles [N, 3, S, S] or None."""
+def _left_pad(batch: Sequence[Encoded], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, T] and mask [B, T] with padding on the left."""
     length = max(len(item.input_ids) for item in batch)
     ids = np.full((len(batch), length), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(batch), length), dtype=np.int64)
     for row, item in enumerate(batch):
         ids[row, length - len(item.input_ids) :] = item.input_ids
         mask[row, length - len(item.input_ids) :] = 1
-    tiles = [item.pixel_values for item in batch if item.num_tiles]
-    pixels = torch.from_numpy(np.concatenate(tiles)) if tiles else None
-    return torch.from_numpy(ids), torch.from_numpy(mask), pixels
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def _uniforms(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:

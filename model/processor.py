@@ -27,6 +27,7 @@ from model.chat import (
     count_images,
     segments,
 )
+from model.patches import MAX_PATCHES, to_patches
 from model.tiling import tile_image, to_pixels
 from model.tokenizer import CONTROL_TOKENS, load_tokenizer
 
@@ -45,17 +46,15 @@ class Encoded:
     Attributes:
         input_ids: [T] int64.
         loss_mask: [T] bool, True on the tokens of assistant turns and their `<|im_end|>`.
-        pixel_values: [num_tiles, 3, S, S] float32, in placeholder order; 0 tiles for text.
+        pixel_values: [num_tiles, 3, S, S] float32, in placeholder order; 0 tiles for text. With
+            any resolution the patches [P, 3 * p * p] of all images (`model.patches`).
+        image_grids: with any resolution, rows and columns of each image, [N, 2] int64; else None.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     pixel_values: np.ndarray
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles of all images together."""
-        return int(self.pixel_values.shape[0])
+    image_grids: np.ndarray | None = None
 
 
 class SailVLProcessor:
@@ -69,6 +68,9 @@ class SailVLProcessor:
         max_tiles: most tiles per image, thumbnail not counted (released preprocessor: 10).
         use_thumbnail: append the whole image as last tile when there are several.
         system_message: default system turn; "" for none.
+        any_resolution: encode every image at its own size instead of in tiles (AnyRes); a video
+            frame is still squeezed to one tile.
+        max_patches: most patches of an image then.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class SailVLProcessor:
         max_tiles: int = 10,
         use_thumbnail: bool = True,
         system_message: str = DEFAULT_SYSTEM_MESSAGE,
+        any_resolution: bool = False,
+        max_patches: int = MAX_PATCHES,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_size = image_size
@@ -88,6 +92,8 @@ class SailVLProcessor:
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
         self.system_message = system_message
+        self.any_resolution = any_resolution
+        self.max_patches = max_patches
         self.tokens_per_tile = (image_size // patch_size // downsample) ** 2
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in CONTROL_TOKENS if token not in vocabulary]
@@ -158,19 +164,42 @@ class SailVLProcessor:
                 f"{expected} {IMAGE_PLACEHOLDER} placeholders in the user turns but "
                 f"{len(images)} images; write one placeholder per image"
             )
+        see = self._see_patches if self.any_resolution else self._see_tiles
+        pixels, grids, num_tokens = see(images, is_video)
+        ids: list[int] = []
+        mask: list[bool] = []
+        pending = iter(num_tokens)
+        for turn in turns:
+            self._append_turn(turn, pending, ids, mask)
+        return Encoded(np.array(ids, dtype=np.int64), np.array(mask, dtype=bool), pixels, grids)
+
+    def _see_tiles(
+        self, images: Sequence[Image.Image], is_video: bool
+    ) -> tuple[np.ndarray, None, list[int]]:
+        """Tiles of all images, and the tokens of each image."""
         max_tiles = 1 if is_video else self.max_tiles
         tiles = [
             tile_image(image, self.image_size, max_tiles, self.use_thumbnail) for image in images
         ]
-        ids: list[int] = []
-        mask: list[bool] = []
-        pending = iter([len(image_tiles) for image_tiles in tiles])
-        for turn in turns:
-            self._append_turn(turn, pending, ids, mask)
         flat = [tile for image_tiles in tiles for tile in image_tiles]
         shape = (0, 3, self.image_size, self.image_size)
         pixels = to_pixels(flat) if flat else np.zeros(shape, dtype=np.float32)
-        return Encoded(np.array(ids, dtype=np.int64), np.array(mask, dtype=bool), pixels)
+        return pixels, None, [len(image_tiles) * self.tokens_per_tile for image_tiles in tiles]
+
+    def _see_patches(
+        self, images: Sequence[Image.Image], is_video: bool
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Patches of all images, their grids, and the tokens of each image."""
+        if is_video:
+            images = [image.resize((self.image_size, self.image_size)) for image in images]
+        seen = [
+            to_patches(image, self.patch_size, self.downsample, self.max_patches)
+            for image in images
+        ]
+        blank = np.zeros((0, 3 * self.patch_size**2), dtype=np.float32)
+        pixels = np.concatenate([blank, *(patches for patches, _ in seen)])
+        grids = np.array([grid for _, grid in seen], dtype=np.int64).reshape(-1, 2)
+        return pixels, grids, [len(patches) // self.downsample**2 for patches, _ in seen]
 
     def _append_turn(self, turn: Segment, pending: Any, ids: list[int], mask: list[bool]) -> None:
         ids.append(self._ids[IM_START])
@@ -197,7 +226,7 @@ class SailVLProcessor:
         ids = self.encode_text(first)
         for piece in rest:
             ids.append(self._ids[IMG_START])
-            ids += [self._ids[IMG_CONTEXT]] * (next(pending) * self.tokens_per_tile)
+            ids += [self._ids[IMG_CONTEXT]] * next(pending)
             ids.append(self._ids[IMG_END])
             ids += self.encode_text(piece)
         return ids
@@ -251,6 +280,8 @@ class SailVLProcessor:
             max_tiles=section.max_tiles,
             use_thumbnail=section.use_thumbnail,
             system_message=section.system_message,
+            any_resolution=section.any_resolution,
+            max_patches=section.max_patches,
         )
 
     @classmethod
@@ -277,4 +308,6 @@ _SETTINGS = (
     "max_tiles",
     "use_thumbnail",
     "system_message",
+    "any_resolution",
+    "max_patches",
 )

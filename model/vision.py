@@ -165,7 +165,7 @@ class SailViT(Aimv2VisionModel):
         embeddings = self.embeddings
         conv = embeddings.patch_embed
         hidden = F.linear(patches, conv.weight.flatten(1), conv.bias)
-        hidden = embeddings.rms_norm(hidden) + self._positions(sizes, downsample).to(hidden.dtype)
+        hidden = embeddings.rms_norm(hidden) + self.positions(sizes, downsample).to(hidden.dtype)
         images = PackedImages.of(grids.to(patches.device).prod(dim=1))
         rotation = self._rotation(sizes, downsample)
         return self._blocks(hidden[None], images=images, rotation=rotation)[0]
@@ -176,8 +176,13 @@ class SailViT(Aimv2VisionModel):
         features: torch.Tensor = self.rms_norm(hidden)
         return features
 
-    def _positions(self, sizes: list[tuple[int, int]], downsample: int) -> torch.Tensor:
-        """[P, D] float32, the table as each image's grid sees it."""
+    def positions(self, sizes: list[tuple[int, int]], downsample: int) -> torch.Tensor:
+        """The position table as each image's grid sees it: [P, D] float32, in cell order.
+
+        Args:
+            sizes: rows and columns of patches of each image.
+            downsample: side of the merged square, patches.
+        """
         table_PD = self.embeddings.position_embedding.weight.float()
         side, device = self.config.grid_size, table_PD.device
         table = table_PD.T.reshape(1, -1, side, side)

@@ -214,7 +214,7 @@ async def _unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dic
 
 
 def _count(exchange: chat.Exchange, metrics: Metrics) -> None:
-    metrics.prompt_tokens.inc(len(exchange.prompt.input_ids))
+    metrics.prompt_tokens.inc(exchange.prompt.num_tokens)
     metrics.completion_tokens.inc(exchange.num_tokens)
     if exchange.first_token_at is not None:
         metrics.first_token_seconds.observe(exchange.first_token_at - exchange.started)

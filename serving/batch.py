@@ -13,11 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 from transformers import DynamicCache
 
+from model.batching import image_inputs
+from model.processor import Encoded
 from serving.reply import Sampling
 
 
@@ -49,20 +50,13 @@ class Batch:
         self.rows: list[Row] = []
 
     @torch.inference_mode()
-    def join(
-        self, owner: Any, input_ids: np.ndarray, pixel_values: np.ndarray | None, sampling: Sampling
-    ) -> int:
-        """Read a prompt (int64 [P], float32 [tiles, 3, S, S] or None); returns its first token."""
-        ids_1P = torch.from_numpy(np.ascontiguousarray(input_ids)).to(self._device)[None]
-        pixels = None
-        if pixel_values is not None and len(pixel_values):
-            pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(
-                self._device, next(self._model.parameters()).dtype
-            )
+    def join(self, owner: Any, encoded: Encoded, sampling: Sampling) -> int:
+        """Read a prompt; returns its first token."""
+        ids_1P = torch.from_numpy(encoded.input_ids).to(self._device)[None]
         cache = DynamicCache()
         output = self._model(
             input_ids=ids_1P,
-            pixel_values=pixels,
+            **image_inputs([encoded], self._device),
             attention_mask=torch.ones_like(ids_1P),
             position_ids=torch.arange(ids_1P.shape[1], device=self._device)[None],
             past_key_values=cache,

@@ -11,8 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from model.processor import Encoded
 from serving.conversation import read_conversation
 from serving.engine import Piece, QueueFull, Ticket
 from serving.errors import ApiError
@@ -27,11 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A request the engine can take: int64 [T], float32 [tiles, 3, S, S], how to draw."""
+    """A request the engine can take: the conversation, and how to draw."""
 
-    input_ids: np.ndarray
-    pixel_values: np.ndarray
+    encoded: Encoded
     sampling: Sampling
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation, those of its images included."""
+        return len(self.encoded.input_ids)
 
 
 @dataclass(slots=True)
@@ -76,7 +79,7 @@ class Exchange:
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object."""
-        prompt = len(self.prompt.input_ids)
+        prompt = self.prompt.num_tokens
         return {
             "prompt_tokens": prompt,
             "completion_tokens": self.num_tokens,
@@ -119,8 +122,9 @@ def prepare(request: ChatRequest, served: Served, settings: ServingSettings) -> 
     num_prompt, room = len(encoded.input_ids), served.context - len(encoded.input_ids)
     if num_prompt > settings.max_prompt_tokens or room < (limit or 1):
         most = min(settings.max_prompt_tokens, served.context - (limit or 1))
+        num_visual = int((encoded.input_ids == served.processor.image_token_id).sum())
         raise ApiError(
-            f"the prompt has {num_prompt} tokens ({encoded.num_tiles} image tiles among them); "
+            f"the prompt has {num_prompt} tokens, {num_visual} of them for images; "
             f"with max_tokens={limit or 1} at most {most} fit",
             code="context_length_exceeded",
             param="messages",
@@ -132,7 +136,7 @@ def prepare(request: ChatRequest, served: Served, settings: ServingSettings) -> 
         seed=request.seed,
         stops=request.stops,
     )
-    return Prompt(encoded.input_ids, encoded.pixel_values, sampling)
+    return Prompt(encoded, sampling)
 
 
 def begin(prompt: Prompt, served: Served, started: float) -> Exchange:
@@ -151,7 +155,7 @@ def begin(prompt: Prompt, served: Served, started: float) -> Exchange:
             log.debug("a piece came after the event loop had closed")
 
     try:
-        ticket = served.engine.submit(prompt.input_ids, prompt.pixel_values, prompt.sampling, emit)
+        ticket = served.engine.submit(prompt.encoded, prompt.sampling, emit)
     except QueueFull as error:
         raise ApiError(f"{error}; try again", status=429, code="queue_full") from error
     return Exchange(served, prompt, ticket, pieces, started)

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from model.processor import Encoded
 from serving.batch import Batch
 from serving.reply import FinishReason, Reply, Sampling
 
@@ -56,8 +55,7 @@ class Piece:
 class Ticket:
     """A request inside the engine."""
 
-    input_ids: np.ndarray
-    pixel_values: np.ndarray | None
+    encoded: Encoded
     sampling: Sampling
     emit: Callable[[Piece], None]
     reply: Reply
@@ -99,13 +97,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(
-        self,
-        input_ids: np.ndarray,
-        pixel_values: np.ndarray | None,
-        sampling: Sampling,
-        emit: Callable[[Piece], None],
-    ) -> Ticket:
+    def submit(self, encoded: Encoded, sampling: Sampling, emit: Callable[[Piece], None]) -> Ticket:
         """Queue a request. `emit` is called from the engine's thread and must not block.
 
         Raises:
@@ -113,7 +105,7 @@ class Engine:
             EngineClosed: Ask the engine of the new version.
         """
         reply = Reply(self._decode, self._end_ids, sampling)
-        ticket = Ticket(input_ids, pixel_values, sampling, emit, reply)
+        ticket = Ticket(encoded, sampling, emit, reply)
         with self._wake:
             if self._closing:
                 raise EngineClosed("this version is leaving")
@@ -170,9 +162,7 @@ class Engine:
             if ticket.cancelled.is_set():
                 continue
             try:
-                token = self._batch.join(
-                    ticket, ticket.input_ids, ticket.pixel_values, ticket.sampling
-                )
+                token = self._batch.join(ticket, ticket.encoded, ticket.sampling)
             except Exception as error:  # one prompt's failure is one request's error
                 log.exception("a prompt could not be read")
                 ticket.emit(Piece("", 0, error=f"{type(error).__name__}: {error}"))

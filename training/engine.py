@@ -140,7 +140,7 @@ class Engine:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             output = self.model(
                 input_ids=batch["input_ids"],
-                pixel_values=batch["pixel_values"],
+                **batch["images"],
                 position_ids=batch["position_ids"],
                 attention_mask=batch["segment_ids"],
                 labels=batch["labels"],

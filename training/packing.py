@@ -1,6 +1,6 @@
 """Dynamic packing: samples of unequal length into rows without padding (paper section 5).
 
-Shape legend: B rows, T tokens per row, N image tiles, S tile side in pixels.
+Shape legend: B rows, T tokens per row.
 
 Samples packed into one row never see each other: `segment_ids` numbers them from 1 (0 is
 padding) and the model turns that into a block-diagonal causal mask; positions restart at 0.
@@ -14,6 +14,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
+from model.batching import ImageInputs, image_inputs
 from model.processor import Encoded
 
 IGNORE_INDEX = -100
@@ -27,7 +28,7 @@ class PackedBatch(TypedDict):
     position_ids: torch.Tensor  # int64 [B, T], restart at 0 in every sample
     segment_ids: torch.Tensor  # int64 [B, T], 1-based sample number in the row, 0 = padding
     turn_shares: torch.Tensor  # float32 [B, T], 1 / labelled tokens of the same answer, else 0
-    pixel_values: torch.Tensor | None  # float32 [N, 3, S, S], row-major order of the samples
+    images: ImageInputs  # in the row-major order of the samples
 
 
 def pack_rows(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
@@ -89,7 +90,6 @@ def collate_rows(rows: Sequence[Sequence[Encoded]], seq_len: int) -> PackedBatch
     position_ids = np.zeros(shape, dtype=np.int64)
     segment_ids = np.zeros(shape, dtype=np.int64)
     turn_shares = np.zeros(shape, dtype=np.float32)
-    pixels: list[np.ndarray] = []
     for r, row in enumerate(rows):
         start = 0
         for number, encoded in enumerate(row, start=1):
@@ -102,8 +102,6 @@ def collate_rows(rows: Sequence[Sequence[Encoded]], seq_len: int) -> PackedBatch
             position_ids[r, start:end] = np.arange(end - start)
             segment_ids[r, start:end] = number
             turn_shares[r, start:end] = shares_of_turns(encoded.loss_mask)
-            if encoded.pixel_values is not None and len(encoded.pixel_values):
-                pixels.append(encoded.pixel_values)
             start = end
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
@@ -111,7 +109,7 @@ def collate_rows(rows: Sequence[Sequence[Encoded]], seq_len: int) -> PackedBatch
         position_ids=torch.from_numpy(position_ids),
         segment_ids=torch.from_numpy(segment_ids),
         turn_shares=torch.from_numpy(turn_shares),
-        pixel_values=torch.from_numpy(np.concatenate(pixels)) if pixels else None,
+        images=image_inputs(encoded for row in rows for encoded in row),
     )
 
 

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AttentionInterface
 
+from model.batching import image_inputs
 from model.config import SailViTConfig
 from model.patches import MAX_PATCHES, cell_order, native_grid, to_patches
+from model.processor import SailVLProcessor
 from model.tiling import to_pixels
 from model.vision import SailViT
-from tests.model.tiny import SIZE, image, network, vision_config
+from tests.model.tiny import SIZE, image, network, tokenizer, vision_config
 
 SIZES = [(SIZE, SIZE), (28, 28), (140, 57), (33, 200), (SIZE, SIZE)]  # width, height
 
@@ -146,7 +148,7 @@ def test_the_position_table_bends_to_the_grid():
     side = vision.config.grid_size
     with torch.no_grad():
         vision.embeddings.position_embedding.weight[:] = (torch.arange(side**2) % side)[:, None]
-        fine = vision._positions([(2 * side, 4 * side)], 1)[:, 0].view(2 * side, 4 * side)
+        fine = vision.positions([(2 * side, 4 * side)], 1)[:, 0].view(2 * side, 4 * side)
     assert torch.allclose(fine, fine[:1].expand_as(fine), atol=1e-5)
     inner = fine[0, 8:-8].diff()
     torch.testing.assert_close(inner, torch.full_like(inner, 1 / 4))
@@ -191,3 +193,53 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def any_resolution(max_patches: int = MAX_PATCHES) -> SailVLProcessor:
+    return SailVLProcessor(
+        tokenizer(),
+        image_size=SIZE,
+        system_message="",
+        any_resolution=True,
+        max_patches=max_patches,
+    )
+
+
+def test_the_processor_writes_a_placeholder_for_every_square():
+    question = [{"role": "user", "content": "<image>\n<image>\nwhich is red?"}]
+    encoded = any_resolution().encode(question, [image(1, 84, 56), image(2, 20, 20)])
+    assert encoded.image_grids.tolist() == [[4, 6], [2, 2]]
+    assert encoded.pixel_values.shape == (28, 588)
+    assert (encoded.input_ids == any_resolution().image_token_id).sum() == 28 // 4
+    frames = any_resolution().encode(question, [image(1, 84, 56), image(2, 20, 20)], is_video=True)
+    assert frames.image_grids.tolist() == [[4, 4], [4, 4]]
+    small = any_resolution(max_patches=16).encode(question, [image(1, 560, 560), image(2)])
+    assert small.image_grids.tolist() == [[4, 4], [4, 4]]
+    assert any_resolution().encode([{"role": "user", "content": "hi"}]).pixel_values.shape[0] == 0
+
+
+def test_packed_conversations_equal_conversations_alone():
+    model, processor = network(), any_resolution()
+    ask = [{"role": "user", "content": "<image>\nhow many?"}]
+    both = [{"role": "user", "content": "<image><image> which?"}]
+    encoded = [
+        processor.encode(ask, [image(1, 100, 40)]),
+        processor.encode([{"role": "user", "content": "one two"}]),
+        processor.encode(both, [image(2, 30, 30), image(3, 60, 90)]),
+    ]
+    ids = torch.from_numpy(np.concatenate([item.input_ids for item in encoded]))[None]
+    lengths = torch.tensor([len(item.input_ids) for item in encoded])
+    segments = torch.arange(1, 4).repeat_interleave(lengths)[None]
+    with torch.inference_mode():
+        packed = model(ids, **image_inputs(encoded), attention_mask=segments).logits[0]
+        alone = [
+            model(torch.from_numpy(item.input_ids)[None], **image_inputs([item])).logits[0]
+            for item in encoded
+        ]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-4, rtol=0)
+
+
+def test_a_saved_processor_keeps_its_resolution(tmp_path):
+    any_resolution(max_patches=64).save(tmp_path)
+    found = SailVLProcessor.load(tmp_path)
+    assert (found.any_resolution, found.max_patches) == (True, 64)

@@ -82,7 +82,7 @@ def test_logprobs_are_those_of_a_training_forward(temperature):
     ):
         encoded = processor().encode(*prompt, add_generation_prompt=True)
         ids = np.concatenate([encoded.input_ids, completion.token_ids])
-        pixels = torch.from_numpy(encoded.pixel_values) if encoded.num_tiles else None
+        pixels = torch.from_numpy(encoded.pixel_values) if len(encoded.pixel_values) else None
         with torch.no_grad():
             logits = model(torch.from_numpy(ids)[None], pixels).logits[0]
         logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)

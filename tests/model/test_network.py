@@ -52,7 +52,7 @@ def test_packed_rows_equal_samples_alone(backend, moe):
             packed = model(ids, tiles, attention_mask=mask).logits
             start = 0
             for item in encoded:
-                pixels = torch.from_numpy(item.pixel_values) if item.num_tiles else None
+                pixels = torch.from_numpy(item.pixel_values) if len(item.pixel_values) else None
                 alone = model(torch.from_numpy(item.input_ids)[None], pixels).logits
                 end = start + len(item.input_ids)
                 torch.testing.assert_close(packed[0, start:end], alone[0], atol=1e-4, rtol=0)

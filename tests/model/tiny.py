@@ -113,5 +113,5 @@ def pack(
         mask = torch.from_numpy(item.loss_mask)
         labels[0, span] = torch.where(mask, ids[0, span], -100)
         start = span.stop
-    tiles = [item.pixel_values for item in encoded if item.num_tiles]
+    tiles = [item.pixel_values for item in encoded if len(item.pixel_values)]
     return ids, segments, labels, torch.from_numpy(np.concatenate(tiles)) if tiles else None

@@ -48,5 +48,5 @@ def test_collated_samples_keep_their_own_positions_and_segments() -> None:
     assert batch["segment_ids"].tolist() == [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 0, 0]]
     # A sample's first token has no past of its own, so it carries no loss.
     assert batch["labels"][0].tolist() == [IGNORE_INDEX, 11, 12, IGNORE_INDEX, 21, IGNORE_INDEX]
-    assert batch["pixel_values"] is not None
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [10, 30, 30]
+    assert batch["images"]["pixel_values"] is not None
+    assert batch["images"]["pixel_values"][:, 0, 0, 0].tolist() == [10, 30, 30]

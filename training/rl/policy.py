@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -75,11 +75,8 @@ def encode_response(
     reply = np.asarray(completion.token_ids, dtype=np.int64)
     mask = np.zeros(len(head.input_ids) + len(reply), dtype=bool)
     mask[len(head.input_ids) :] = True
-    encoded = Encoded(
-        input_ids=np.concatenate([head.input_ids, reply]),
-        loss_mask=mask,
-        pixel_values=head.pixel_values,
-    )
+    ids = np.concatenate([head.input_ids, reply])
+    encoded = replace(head, input_ids=ids, loss_mask=mask)
     return Response(encoded, advantage)
 
 
@@ -204,7 +201,7 @@ class Policy:
         with self.precision():
             output = self.model(
                 input_ids=batch["input_ids"],
-                pixel_values=batch["pixel_values"],
+                **batch["images"],
                 position_ids=batch["position_ids"],
                 attention_mask=batch["segment_ids"],
                 labels=labels,
