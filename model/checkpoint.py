@@ -167,7 +167,7 @@ def save_model(
 ) -> None:
     """Write config, weights, tokenizer and processor; equal models give equal bytes."""
     _save(directory, model)
-    processor.save(directory)
+    processor.save_pretrained(directory)
 
 
 def load_model(
@@ -184,7 +184,7 @@ def load_model(
         model = SailVLForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, attn_implementation=ATTENTION
         )
-    return model, SailVLProcessor.load(directory)
+    return model, SailVLProcessor.from_pretrained(directory)
 
 
 def save_vision(directory: str | Path, vision: SailViT) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from model.chat import (
     DEFAULT_SYSTEM_MESSAGE,
@@ -27,11 +26,13 @@ from model.chat import (
     count_images,
     segments,
 )
-from model.patches import MAX_PATCHES, to_patches
-from model.tiling import tile_image, to_pixels
+from model.config import SailVLConfig
+from model.images import SeenImages, flatten_images, see_patches, see_tiles
+from model.patches import MAX_PATCHES
+from model.template import chat_template
 from model.tokenizer import CONTROL_TOKENS, load_tokenizer
 
-PROCESSOR_FILE = "sailvl_processor.json"
+PROCESSOR_FILE = "processor_config.json"
 _CONTROL = re.compile("|".join(re.escape(token) for token in CONTROL_TOKENS))
 
 
@@ -57,8 +58,12 @@ class Encoded:
     image_grids: np.ndarray | None = None
 
 
-class SailVLProcessor:
+class SailVLProcessor(ProcessorMixin):
     """Chat format, tiling and tokenizer of one checkpoint.
+
+    `encode` is for our own rooms: one conversation, with its loss mask; what a user writes cannot
+    become a control token. Calling it, and `apply_chat_template`, is for the ecosystem: rendered
+    text, batches padded on the left.
 
     Args:
         tokenizer: with the released special tokens.
@@ -71,6 +76,8 @@ class SailVLProcessor:
         any_resolution: encode every image at its own size instead of in tiles (AnyRes); a video
             frame is still squeezed to one tile.
         max_patches: most patches of an image then.
+        msac: tile a single image a second time with another grid (`tiling.tile_image`); used by
+            the authors' evaluation, off in the released processor.
     """
 
     def __init__(
@@ -84,8 +91,9 @@ class SailVLProcessor:
         system_message: str = DEFAULT_SYSTEM_MESSAGE,
         any_resolution: bool = False,
         max_patches: int = MAX_PATCHES,
+        msac: bool = False,
     ) -> None:
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer, chat_template=chat_template(system_message))
         self.image_size = image_size
         self.patch_size = patch_size
         self.downsample = downsample
@@ -94,6 +102,9 @@ class SailVLProcessor:
         self.system_message = system_message
         self.any_resolution = any_resolution
         self.max_patches = max_patches
+        self.msac = msac
+        if any_resolution and msac:
+            raise ProcessorError("msac cuts tiles, any_resolution cuts none; choose one")
         self.tokens_per_tile = (image_size // patch_size // downsample) ** 2
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in CONTROL_TOKENS if token not in vocabulary]
@@ -103,8 +114,6 @@ class SailVLProcessor:
                 f"model.tokenizer.add_sail_tokens"
             )
         self._ids = {token: int(vocabulary[token]) for token in CONTROL_TOKENS}
-        # The HF wrapper costs ten times the tokenisation itself on short strings.
-        self._backend = tokenizer.backend_tokenizer
 
     @property
     def image_token_id(self) -> int:
@@ -144,6 +153,7 @@ class SailVLProcessor:
         images: Sequence[Image.Image] = (),
         is_video: bool = False,
         add_generation_prompt: bool = False,
+        max_tiles: int | None = None,
     ) -> Encoded:
         """Encode a conversation; see `Encoded`.
 
@@ -152,6 +162,7 @@ class SailVLProcessor:
             images: RGB, in the order of the placeholders.
             is_video: the images are frames, one tile each.
             add_generation_prompt: end with an open assistant turn.
+            max_tiles: instead of the processor's own (`tiling.tile_budget`).
 
         Raises:
             ProcessorError: placeholders and images do not match in number.
@@ -164,44 +175,33 @@ class SailVLProcessor:
                 f"{expected} {IMAGE_PLACEHOLDER} placeholders in the user turns but "
                 f"{len(images)} images; write one placeholder per image"
             )
-        see = self._see_patches if self.any_resolution else self._see_tiles
-        pixels, grids, num_tokens = see(images, is_video)
+        seen = self._see(images, is_video, max_tiles)
         ids: list[int] = []
         mask: list[bool] = []
-        pending = iter(num_tokens)
+        pending = iter(seen.num_tokens)
         for turn in turns:
             self._append_turn(turn, pending, ids, mask)
-        return Encoded(np.array(ids, dtype=np.int64), np.array(mask, dtype=bool), pixels, grids)
+        return Encoded(
+            input_ids=np.array(ids, dtype=np.int64),
+            loss_mask=np.array(mask, dtype=bool),
+            pixel_values=seen.pixel_values,
+            image_grids=seen.image_grids,
+        )
 
-    def _see_tiles(
-        self, images: Sequence[Image.Image], is_video: bool
-    ) -> tuple[np.ndarray, None, list[int]]:
-        """Tiles of all images, and the tokens of each image."""
-        max_tiles = 1 if is_video else self.max_tiles
-        tiles = [
-            tile_image(image, self.image_size, max_tiles, self.use_thumbnail) for image in images
-        ]
-        flat = [tile for image_tiles in tiles for tile in image_tiles]
-        shape = (0, 3, self.image_size, self.image_size)
-        pixels = to_pixels(flat) if flat else np.zeros(shape, dtype=np.float32)
-        return pixels, None, [len(image_tiles) * self.tokens_per_tile for image_tiles in tiles]
+    def _see(
+        self, images: Sequence[Image.Image], is_video: bool, max_tiles: int | None
+    ) -> SeenImages:
+        size = self.image_size
+        if self.any_resolution:
+            shown = [image.resize((size, size)) for image in images] if is_video else images
+            return see_patches(shown, self.patch_size, self.downsample, self.max_patches)
+        most = 1 if is_video else max_tiles or self.max_tiles
+        msac = self.msac and len(images) == 1
+        return see_tiles(images, size, self.tokens_per_tile, most, self.use_thumbnail, msac)
 
-    def _see_patches(
-        self, images: Sequence[Image.Image], is_video: bool
-    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Patches of all images, their grids, and the tokens of each image."""
-        if is_video:
-            images = [image.resize((self.image_size, self.image_size)) for image in images]
-        seen = [
-            to_patches(image, self.patch_size, self.downsample, self.max_patches)
-            for image in images
-        ]
-        blank = np.zeros((0, 3 * self.patch_size**2), dtype=np.float32)
-        pixels = np.concatenate([blank, *(patches for patches, _ in seen)])
-        grids = np.array([grid for _, grid in seen], dtype=np.int64).reshape(-1, 2)
-        return pixels, grids, [len(patches) // self.downsample**2 for patches, _ in seen]
-
-    def _append_turn(self, turn: Segment, pending: Any, ids: list[int], mask: list[bool]) -> None:
+    def _append_turn(
+        self, turn: Segment, pending: Iterator[int], ids: list[int], mask: list[bool]
+    ) -> None:
         ids.append(self._ids[IM_START])
         mask.append(False)
         if turn.role == "assistant":
@@ -218,18 +218,79 @@ class SailVLProcessor:
             ids.append(self._ids[IM_END])
             mask.append(turn.trained)
 
-    def _encode_with_images(self, turn: Segment, pending: Any) -> list[int]:
+    def _encode_with_images(self, turn: Segment, pending: Iterator[int]) -> list[int]:
         text = turn.header + turn.content
         if turn.role != "user" or IMAGE_PLACEHOLDER not in text:
             return self.encode_text(text)
         first, *rest = text.split(IMAGE_PLACEHOLDER)
         ids = self.encode_text(first)
         for piece in rest:
-            ids.append(self._ids[IMG_START])
-            ids += [self._ids[IMG_CONTEXT]] * next(pending)
-            ids.append(self._ids[IMG_END])
-            ids += self.encode_text(piece)
+            ids += self._placeholder(next(pending)) + self.encode_text(piece)
         return ids
+
+    def __call__(  # type: ignore[override]
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
+        *,
+        is_video: bool = False,
+        max_tiles: int | None = None,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Rendered prompts and their images, ready for `generate`.
+
+        Args:
+            images: one image, a list, or a list for each prompt; in the order of the placeholders.
+            text: prompts as the chat template renders them, each image one `<image>`. Control
+                tokens in it are obeyed; use `encode` for text that is not trusted.
+            videos, audio: not taken; a video is given as its frames, one image each.
+            is_video: the images are frames, one tile each.
+            max_tiles: instead of the processor's own.
+            return_tensors: "pt" or "np".
+
+        Returns:
+            `input_ids` and `attention_mask` [B, T], padded on the left; with images also
+            `pixel_values`, and `image_grids` with any resolution, as in `Encoded`.
+
+        Raises:
+            ProcessorError: no text, something that is neither text nor image, or placeholders and
+                images that do not match in number.
+        """
+        if text is None or videos is not None or audio is not None:
+            raise ProcessorError("give text, and videos as their frames; audio is not understood")
+        prompts = [text] if isinstance(text, str) else list(text)
+        shown = flatten_images(images)
+        expected = sum(prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts)
+        if expected != len(shown):
+            raise ProcessorError(
+                f"{expected} {IMAGE_PLACEHOLDER} placeholders in the text but {len(shown)} images; "
+                f"write one placeholder per image"
+            )
+        seen = self._see(shown, is_video, max_tiles)
+        pending = iter(seen.num_tokens)
+        rows = [self._expand(prompt, pending) for prompt in prompts]
+        length = max(map(len, rows))
+        ids = np.array([[self.pad_token_id] * (length - len(row)) + row for row in rows])
+        mask = np.array([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        data = {"input_ids": ids, "attention_mask": mask}
+        if shown:
+            data["pixel_values"] = seen.pixel_values
+            data |= {} if seen.image_grids is None else {"image_grids": seen.image_grids}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _expand(self, prompt: str, pending: Iterator[int]) -> list[int]:
+        first, *rest = prompt.split(IMAGE_PLACEHOLDER)
+        ids = self._plain(first)
+        for piece in rest:
+            ids += self._placeholder(next(pending)) + self._plain(piece)
+        return ids
+
+    def _placeholder(self, num_tokens: int) -> list[int]:
+        """`<img>`, the slots of one image's visual tokens, `</img>`."""
+        slots = [self._ids[IMG_CONTEXT]] * num_tokens
+        return [self._ids[IMG_START], *slots, self._ids[IMG_END]]
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text.
@@ -248,7 +309,8 @@ class SailVLProcessor:
     def _plain(self, text: str) -> list[int]:
         if not text:
             return []
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # The wrapper around it costs ten times the tokenisation itself on short strings.
+        return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens up to `<|im_end|>`; boxes and think tags stay in."""
@@ -258,16 +320,7 @@ class SailVLProcessor:
             if token in stop:
                 break
             kept.append(int(token))
-        return str(self._backend.decode(kept, skip_special_tokens=False))
-
-    def save(self, directory: str | Path) -> None:
-        """Write tokenizer files and `sailvl_processor.json`."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(directory)
-        settings = {name: getattr(self, name) for name in _SETTINGS}
-        text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)
-        (directory / PROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
+        return str(self.tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=False))
 
     @classmethod
     def from_recipe(cls, section: Any, tokenizer: PreTrainedTokenizerBase) -> SailVLProcessor:
@@ -285,20 +338,35 @@ class SailVLProcessor:
         )
 
     @classmethod
-    def load(cls, directory: str | Path) -> SailVLProcessor:
-        """Read what `save` wrote.
+    def from_pretrained(cls, directory: str | Path, **kwargs: Any) -> SailVLProcessor:  # type: ignore[override]
+        """Read what `save_pretrained` wrote, or a Hugging Face id.
 
         Raises:
             ProcessorError: the directory holds no processor, or one with other fields.
+            TokenizerError: it holds no tokenizer, or a foreign one.
         """
-        path = Path(directory) / PROCESSOR_FILE
-        if not path.is_file():
+        if Path(directory).is_dir() and not (Path(directory) / PROCESSOR_FILE).is_file():
             raise ProcessorError(f"{directory} holds no {PROCESSOR_FILE}; is it a checkpoint?")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if set(settings) != set(_SETTINGS):
-            wrong = sorted(set(settings) ^ set(_SETTINGS))
-            raise ProcessorError(f"{path}: field {wrong[0]!r} is missing or unknown")
-        return cls(load_tokenizer(directory), **settings)
+        return super().from_pretrained(directory, **kwargs)
+
+    @classmethod
+    def from_args_and_dict(
+        cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any
+    ) -> SailVLProcessor:
+        """Called by `from_pretrained`; a field too few or too many would pass unnoticed there."""
+        wrong = (set(processor_dict) - _NOT_SETTINGS) ^ set(_SETTINGS)
+        if wrong:
+            raise ProcessorError(
+                f"{PROCESSOR_FILE}: field {min(wrong)!r} is missing or unknown; its fields are "
+                f"{', '.join(_SETTINGS)}"
+            )
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(
+        cls, kind: str, directory: str | Path, **kwargs: Any
+    ) -> PreTrainedTokenizerBase:
+        return load_tokenizer(directory)
 
 
 _SETTINGS = (
@@ -310,4 +378,8 @@ _SETTINGS = (
     "system_message",
     "any_resolution",
     "max_patches",
+    "msac",
 )
+_NOT_SETTINGS = {"processor_class", "auto_map", "chat_template"}
+
+AutoProcessor.register(SailVLConfig, SailVLProcessor, exist_ok=True)

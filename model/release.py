@@ -105,7 +105,7 @@ def save_released(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, views, shard_bytes)
-    processor.save(directory)
+    processor.save_pretrained(directory)
     _write_json(directory / PREPROCESSOR, _preprocessor_body(processor))
     body = released_body(model.config, model.dtype, processor.use_thumbnail)
     _write_json(directory / CONFIG, body)
@@ -168,7 +168,7 @@ def check_native(directory: str | Path) -> torch.dtype:
 
 def _load_processor(directory: Path, config: SailVLConfig, body: dict[str, Any]) -> SailVLProcessor:
     if (directory / PROCESSOR_FILE).is_file():
-        return SailVLProcessor.load(directory)
+        return SailVLProcessor.from_pretrained(directory)
     settings = read_object(directory / PREPROCESSOR)
     return SailVLProcessor(
         load_tokenizer(directory),
@@ -189,7 +189,7 @@ def _preprocessor_body(processor: SailVLProcessor) -> dict[str, Any]:
         "image_mean": IMAGENET_MEAN.astype(float).round(3).tolist(),
         "image_std": IMAGENET_STD.astype(float).round(3).tolist(),
         "max_dynamic_patch": processor.max_tiles,
-        "use_msac": False,
+        "use_msac": processor.msac,
         "pad_input": True,
     }
 

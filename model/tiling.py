@@ -23,7 +23,29 @@ def candidate_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
     return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
 
 
-def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
+# Most tiles of an image in the authors' evaluation (VLMEvalKit's adapter); 10 where none is named.
+TILE_BUDGETS = {
+    **dict.fromkeys(("ChartQA", "MMMU", "MME-RealWorld", "VCR", "OCRVQA"), 12),
+    **dict.fromkeys(("DocVQA", "DUDE", "MMLongBench-Doc", "SlideVQA"), 18),
+    **dict.fromkeys(("InfoVQA", "OCRBench", "HRBench"), 24),
+}
+DEFAULT_TILE_BUDGET = 10
+MAX_TILES_TOGETHER = 64
+
+
+def tile_budget(benchmark: str, num_images: int = 1) -> int:
+    """Most tiles of each image of a question: 64 are shared by all its images (VLMEvalKit)."""
+    share = MAX_TILES_TOGETHER // max(1, num_images)
+    return max(1, min(TILE_BUDGETS.get(benchmark, DEFAULT_TILE_BUDGET), share))
+
+
+def choose_grid(
+    width: int,
+    height: int,
+    tile_size: int,
+    max_tiles: int,
+    other_than: tuple[int, int] | None = None,
+) -> tuple[int, int]:
     """The (columns, rows) whose aspect ratio is nearest to the image's.
 
     On an exact tie the larger grid wins only when the image has more than half its pixels.
@@ -32,10 +54,14 @@ def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tupl
         width, height: of the image, in pixels.
         tile_size: side of a tile, in pixels.
         max_tiles: most tiles, thumbnail not counted.
+        other_than: leave out the grids that divide this one evenly along both sides. When that
+            leaves none, the answer is this grid itself.
     """
     aspect = width / height
-    best, best_distance = (1, 1), float("inf")
+    best, best_distance = other_than or (1, 1), float("inf")
     for columns, rows in candidate_grids(max_tiles):
+        if other_than and other_than[0] % columns == 0 and other_than[1] % rows == 0:
+            continue
         distance = abs(aspect - columns / rows)
         large = width * height > 0.5 * tile_size * tile_size * columns * rows
         if distance < best_distance or (distance == best_distance and large):
@@ -44,26 +70,43 @@ def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tupl
 
 
 def tile_image(
-    image: Image.Image, tile_size: int, max_tiles: int, use_thumbnail: bool
+    image: Image.Image,
+    tile_size: int,
+    max_tiles: int,
+    use_thumbnail: bool,
+    msac: bool = False,
 ) -> list[Image.Image]:
     """Tiles row-major, then the whole image once more as the last tile when there are several.
+
+    With `msac` (multi-scale adaptive cropping) the tiles of a second grid stand before the whole
+    image: the nearest of those that do not divide the first, so that what one grid cuts apart
+    the other may show whole.
 
     Args:
         image: RGB.
         tile_size: side of a tile, in pixels.
         max_tiles: 1 gives one squeezed tile (video frames, judges).
         use_thumbnail: append the thumbnail.
+        msac: cut the image a second time.
     """
-    columns, rows = choose_grid(image.width, image.height, tile_size, max_tiles)
+    first = choose_grid(image.width, image.height, tile_size, max_tiles)
+    tiles = _cut(image, first, tile_size)
+    if msac:
+        second = choose_grid(image.width, image.height, tile_size, max_tiles, other_than=first)
+        tiles += _cut(image, second, tile_size) if second != first else []
+    if use_thumbnail and len(tiles) > 1:
+        tiles.append(_resize(image, tile_size, tile_size))
+    return tiles
+
+
+def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int) -> list[Image.Image]:
+    columns, rows = grid
     resized = _resize(image, columns * tile_size, rows * tile_size)
-    tiles = [
+    return [
         resized.crop((x, y, x + tile_size, y + tile_size))
         for y in range(0, rows * tile_size, tile_size)
         for x in range(0, columns * tile_size, tile_size)
     ]
-    if use_thumbnail and len(tiles) > 1:
-        tiles.append(_resize(image, tile_size, tile_size))
-    return tiles
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:

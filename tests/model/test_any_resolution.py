@@ -240,6 +240,6 @@ def test_packed_conversations_equal_conversations_alone():
 
 
 def test_a_saved_processor_keeps_its_resolution(tmp_path):
-    any_resolution(max_patches=64).save(tmp_path)
-    found = SailVLProcessor.load(tmp_path)
+    any_resolution(max_patches=64).save_pretrained(tmp_path)
+    found = SailVLProcessor.from_pretrained(tmp_path)
     assert (found.any_resolution, found.max_patches) == (True, 64)

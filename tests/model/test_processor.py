@@ -91,8 +91,8 @@ def test_decode_stops_at_the_end_and_keeps_boxes():
 
 def test_save_and_load(tmp_path):
     saved = processor(max_tiles=3, system_message="你好")
-    saved.save(tmp_path)
-    loaded = SailVLProcessor.load(tmp_path)
+    saved.save_pretrained(tmp_path)
+    loaded = SailVLProcessor.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": "<image>\none"}]
     first, second = (p.encode(messages, [image(0, 150, 50)]) for p in (saved, loaded))
     assert first.input_ids.tolist() == second.input_ids.tolist()
@@ -101,8 +101,8 @@ def test_save_and_load(tmp_path):
 
 def test_a_broken_processor_file_is_named(tmp_path):
     with pytest.raises(ProcessorError, match="holds no"):
-        SailVLProcessor.load(tmp_path)
-    processor().save(tmp_path)
-    (tmp_path / "sailvl_processor.json").write_text('{"image_size": 56}')
+        SailVLProcessor.from_pretrained(tmp_path)
+    processor().save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text('{"image_size": 56}')
     with pytest.raises(ProcessorError, match="any_resolution"):
-        SailVLProcessor.load(tmp_path)
+        SailVLProcessor.from_pretrained(tmp_path)

@@ -91,7 +91,7 @@ def test_ours_to_released_and_back_is_ours(tmp_path):
     convert(tmp_path / "ours", tmp_path / "released", "released")
     convert(tmp_path / "released", tmp_path / "again", "native")
     assert_same_tensors(tmp_path / "ours", tmp_path / "again")
-    first, again = ((tmp_path / name / "sailvl_processor.json") for name in ("ours", "again"))
+    first, again = ((tmp_path / name / "processor_config.json") for name in ("ours", "again"))
     assert first.read_bytes() == again.read_bytes()
 
 
@@ -127,7 +127,7 @@ def test_the_tower_computes_what_the_released_code_does(tmp_path):
 
 
 def test_without_our_processor_file_the_released_ones_are_read(released):
-    (released / "sailvl_processor.json").unlink()
+    (released / "processor_config.json").unlink()
     _, found = load_released(released)
     assert found.max_tiles == 4
     assert found.system_message.startswith("你是")
