@@ -25,6 +25,7 @@ from model.adapter import Adapter
 from model.attention import BACKEND
 from model.chat import IMG_CONTEXT
 from model.config import SailViTConfig, SailVLConfig, language_config_of, vision_config_of
+from model.experts import choose_experts
 from model.modeling import SailVLForConditionalGeneration
 from model.processor import SailVLProcessor
 from model.tokenizer import is_hub_id, load_tokenizer
@@ -44,6 +45,8 @@ def build_language(config: Qwen3Config | Qwen3MoeConfig, seed: int = 0) -> PreTr
     """A decoder with random weights, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if config.model_type == "qwen3_moe":
+            config._experts_implementation = choose_experts()
         return AutoModelForCausalLM.from_config(config, attn_implementation=BACKEND)
 
 
@@ -61,6 +64,7 @@ def build_model(
     image_token_id: int,
     downsample: int = 2,
     router_global_balance: bool = True,
+    router_z_loss_coef: float = 0.0,
     seed: int = 0,
 ) -> SailVLForConditionalGeneration:
     """Join a tower and a decoder with a fresh adapter.
@@ -73,7 +77,7 @@ def build_model(
         language: Qwen3 or Qwen3-MoE causal language model, or its config.
         image_token_id: id of `<IMG_CONTEXT>` (`SailVLProcessor.image_token_id`).
         downsample: side of the merged square, patches.
-        router_global_balance: see `SailVLConfig`.
+        router_global_balance, router_z_loss_coef: see `SailVLConfig`.
         seed: of the random weights.
 
     Raises:
@@ -88,6 +92,7 @@ def build_model(
         image_token_id=image_token_id,
         downsample=downsample,
         router_global_balance=router_global_balance,
+        router_z_loss_coef=router_z_loss_coef,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -125,6 +130,7 @@ def build_from_recipe(
         image_token_id=tokenizer.get_vocab()[IMG_CONTEXT],
         downsample=section.downsample,
         router_global_balance=moe is None or moe.global_balance,
+        router_z_loss_coef=0.0 if moe is None else moe.z_loss_coef,
         seed=seed,
     )
     if language is None:
@@ -236,6 +242,8 @@ def load_language(
         language = AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, attn_implementation=BACKEND
         )
+    if language.config.model_type == "qwen3_moe":
+        language.set_experts_implementation(choose_experts())
     tokenizer = load_tokenizer(name_or_path)
     if len(tokenizer) > language.config.vocab_size:
         raise CheckpointError(

@@ -56,6 +56,7 @@ class SailVLConfig(PreTrainedConfig):
         image_token_id: id of <IMG_CONTEXT>, whose positions take the visual tokens.
         router_global_balance: average the routing statistics over all ranks before the balance
             loss is computed (paper section 2.2). Of no effect on a dense decoder.
+        router_z_loss_coef: weight of the router z-loss, 0 for none.
     """
 
     model_type = "sailvl"
@@ -69,6 +70,7 @@ class SailVLConfig(PreTrainedConfig):
     downsample: int = 2
     image_token_id: int = 151671
     router_global_balance: bool = True
+    router_z_loss_coef: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

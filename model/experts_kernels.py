@@ -116,9 +116,7 @@ def up_kernel(
     """Gather, both projections at once, SwiGLU before anything is written."""
     num_n = tl.cdiv(INNER, BLOCK_N)
     tile_n = tl.program_id(0) % num_n  # an expert's tiles run side by side: its weights stay in L2
-    expert, tile_m = _find_tile(
-        offsets_ptr, tl.program_id(0) // num_n, EXPERTS, PADDED, BLOCK_M
-    )
+    expert, tile_m = _find_tile(offsets_ptr, tl.program_id(0) // num_n, EXPERTS, PADDED, BLOCK_M)
     if expert >= EXPERTS:
         return
     start = tl.load(offsets_ptr + expert) + tile_m * BLOCK_M
@@ -140,20 +138,21 @@ def up_kernel(
         w_up = _load(gate_ptrs + (INNER * WIDTH + k), left[:, None], WIDTH, BLOCK_K)
         gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
         up = tl.dot(x, w_up, up, input_precision=PRECISION)
+    # Offsets inside a tile fit 32 bits; a tile of 64-bit pointers would take all registers.
+    local = tl.arange(0, BLOCK_M)[:, None]
     store = real[:, None] & (column < INNER)[None, :]
-    long = place.to(tl.int64)[:, None]
     dtype = inner_ptr.dtype.element_ty
     inner = gate * tl.sigmoid(gate) * up
-    tl.store(inner_ptr + long * INNER + column[None, :], inner.to(dtype), mask=store)
+    inner_ptr += start.to(tl.int64) * INNER
+    tl.store(inner_ptr + (local * INNER + column[None, :]), inner.to(dtype), mask=store)
     if KEEP:
-        ptrs = gate_up_ptr + long * (2 * INNER) + column[None, :]
-        tl.store(ptrs, gate.to(dtype), mask=store)
-        tl.store(ptrs + INNER, up.to(dtype), mask=store)
+        gate_up_ptr += start.to(tl.int64) * (2 * INNER)
+        wide = local * (2 * INNER) + column[None, :]
+        tl.store(gate_up_ptr + wide, gate.to(dtype), mask=store)
+        tl.store(gate_up_ptr + (wide + INNER), up.to(dtype), mask=store)
 
 
-@triton.autotune(
-    _SINGLE, key=["DEPTH", "WIDTH", "STRIDE_K", "rows_class"], prune_configs_by=_PRUNE
-)
+@triton.autotune(_SINGLE, key=["DEPTH", "WIDTH", "STRIDE_K", "rows_class"], prune_configs_by=_PRUNE)
 @triton.jit
 def rows_kernel(
     a_ptr,  # [SLOTS, DEPTH], sorted
@@ -178,9 +177,7 @@ def rows_kernel(
     """Grouped GEMM whose rows go back to their slots, scaled by the router weight if asked."""
     num_n = tl.cdiv(WIDTH, BLOCK_N)
     tile_n = tl.program_id(0) % num_n
-    expert, tile_m = _find_tile(
-        offsets_ptr, tl.program_id(0) // num_n, EXPERTS, PADDED, BLOCK_M
-    )
+    expert, tile_m = _find_tile(offsets_ptr, tl.program_id(0) // num_n, EXPERTS, PADDED, BLOCK_M)
     if expert >= EXPERTS:
         return
     start = tl.load(offsets_ptr + expert) + tile_m * BLOCK_M
@@ -238,9 +235,7 @@ def grad_inner_kernel(
     """Gather, back through `down`, SwiGLU and the router weight in one epilogue."""
     num_n = tl.cdiv(INNER, BLOCK_N)
     tile_n = tl.program_id(0) % num_n
-    expert, tile_m = _find_tile(
-        offsets_ptr, tl.program_id(0) // num_n, EXPERTS, PADDED, BLOCK_M
-    )
+    expert, tile_m = _find_tile(offsets_ptr, tl.program_id(0) // num_n, EXPERTS, PADDED, BLOCK_M)
     if expert >= EXPERTS:
         return
     start = tl.load(offsets_ptr + expert) + tile_m * BLOCK_M
@@ -259,11 +254,12 @@ def grad_inner_kernel(
         a = _load(a_ptrs + k, left[None, :], WIDTH, BLOCK_K)
         b = _load(b_ptrs + k * INNER, left[:, None], WIDTH, BLOCK_K)
         grad = tl.dot(a, b, grad, input_precision=PRECISION)
+    local = tl.arange(0, BLOCK_M)[:, None]
     store = real[:, None] & (column < INNER)[None, :]
-    long = place.to(tl.int64)[:, None]
-    wide = long * (2 * INNER) + column[None, :]
+    wide = local * (2 * INNER) + column[None, :]
+    gate_up_ptr += start.to(tl.int64) * (2 * INNER)
     gate = tl.load(gate_up_ptr + wide, mask=store, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + wide + INNER, mask=store, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + (wide + INNER), mask=store, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     inner = silu * up
@@ -272,10 +268,13 @@ def grad_inner_kernel(
     scale = tl.load(scale_ptr + slot)[:, None]
     grad *= scale
     dtype = weighted_ptr.dtype.element_ty
-    tl.store(weighted_ptr + long * INNER + column[None, :], (inner * scale).to(dtype), mask=store)
+    weighted_ptr += start.to(tl.int64) * INNER
+    weighted = (inner * scale).to(dtype)
+    tl.store(weighted_ptr + (local * INNER + column[None, :]), weighted, mask=store)
+    grad_gate_up_ptr += start.to(tl.int64) * (2 * INNER)
     grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
     tl.store(grad_gate_up_ptr + wide, grad_gate.to(dtype), mask=store)
-    tl.store(grad_gate_up_ptr + wide + INNER, (grad * silu).to(dtype), mask=store)
+    tl.store(grad_gate_up_ptr + (wide + INNER), (grad * silu).to(dtype), mask=store)
 
 
 @triton.autotune(_WEIGHT, key=["LEFT", "RIGHT", "LEFT_BY_TOKEN", "rows_class"])

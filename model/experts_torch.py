@@ -1,8 +1,8 @@
 """The products of the fused experts in plain torch: any device, any floating type, no kernels.
 
 One matrix product per expert that got a token, straight into its slice of the result. Nothing as
-large as the weights is made in the forward pass, and one zeroed tensor of their size in the backward
-pass, where indexing `weight[e]` under autograd (the eager back end) makes one per expert.
+large as the weights is made in the forward pass, and one zeroed tensor of their size in the
+backward pass, where indexing `weight[e]` under autograd (the eager back end) makes one per expert.
 
 Shape suffixes as in `model/experts.py`; `experts_triton.py` has the same five functions.
 """
@@ -10,6 +10,7 @@ Shape suffixes as in `model/experts.py`; `experts_triton.py` has the same five f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,6 +107,6 @@ def grad_weight(
 def _groups(routing: Routing) -> Iterator[tuple[int, slice]]:
     """Experts that got a token, with their sorted places."""
     bounds = routing.offsets_E1.tolist()
-    for expert, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for expert, (start, end) in enumerate(pairwise(bounds)):
         if end > start:
             yield expert, slice(start, end)

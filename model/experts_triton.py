@@ -58,9 +58,7 @@ def grad_inner(
     num_experts, width, inner = down_EDI.shape
     grad_gate_up_SG = torch.empty_like(gate_up_SG)
     weighted_SI = gate_up_SG.new_empty(num_slots, inner)
-    partial = torch.zeros(
-        triton.cdiv(inner, kernels.MIN_BLOCK_N), num_slots, device=grad_ND.device
-    )
+    partial = torch.zeros(triton.cdiv(inner, kernels.MIN_BLOCK_N), num_slots, device=grad_ND.device)
     if num_slots:
         kernels.grad_inner_kernel[_row_grid(num_slots, num_experts, inner)](
             grad_ND,

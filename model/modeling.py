@@ -25,8 +25,9 @@ from transformers.utils import ModelOutput
 from model.adapter import Adapter
 from model.attention import BACKEND, segment_layout
 from model.config import SailVLConfig
+from model.experts import choose_experts
 from model.masks import block_mask, block_positions, segments_of
-from model.moe import balance_loss
+from model.moe import balance_loss, router_z_loss
 from model.vision import SailViT
 
 PARTS = ("vision", "adapter", "language")
@@ -43,8 +44,8 @@ class SailVLOutput(ModelOutput):
             a label is, in the order of `label_rows` and `label_cols`.
         loss_per_token: [M] float32, -log probability of each labelled token.
         label_rows, label_cols: [M] int64, where in `labels` each labelled token stands.
-        aux_loss: scalar, the router balance loss times its coefficient; None on dense models
-            and without `output_router_logits`.
+        aux_loss: scalar, balance loss and z-loss of the routers, each times its coefficient; None
+            on dense models and without `output_router_logits`.
         router_logits: one [B * T, E] tensor per expert layer.
         past_key_values: the cache, with `use_cache`.
     """
@@ -71,6 +72,7 @@ def language_forward(
     logits_to_keep: int = 0,
     output_router_logits: bool | None = None,
     global_balance: bool = False,
+    z_loss_coef: float = 0.0,
 ) -> SailVLOutput:
     """Run a Qwen3 or Qwen3-MoE causal language model on embeddings; shapes as in `SailVLOutput`.
 
@@ -86,6 +88,7 @@ def language_forward(
         logits_to_keep: without labels, how many last positions get logits; 0 means all.
         output_router_logits: expert models only; by default on when there are labels.
         global_balance: sum the routing statistics over ranks.
+        z_loss_coef: weight of the router z-loss; 0 leaves it out.
     """
     config = language_model.config
     is_moe = config.model_type == "qwen3_moe"
@@ -121,6 +124,10 @@ def language_forward(
             config.router_aux_loss_coef,
             all_reduce=global_balance,
         )
+        if z_loss_coef:
+            out.aux_loss = out.aux_loss + router_z_loss(
+                out.router_logits, real, z_loss_coef, all_reduce=global_balance
+            )
     if labels is None:
         kept = hidden_BTD[:, -logits_to_keep:] if logits_to_keep else hidden_BTD
         out.logits = language_model.lm_head(kept)
@@ -191,8 +198,14 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision, text = config.vision_config, config.text_config
         self.vision_model = SailViT(vision)
         self.mlp1 = Adapter(vision.hidden_size, text.hidden_size, config.downsample)
+        if config.is_moe and text._experts_implementation is None:
+            text._experts_implementation = choose_experts()
         self.language_model = AutoModelForCausalLM.from_config(text)
         self.post_init()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the decoder dispatches; transformers looks for that in this file's text
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -333,6 +346,7 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             output_router_logits=output_router_logits,
             global_balance=self.config.router_global_balance,
+            z_loss_coef=self.config.router_z_loss_coef,
         )
 
     def prepare_inputs_for_generation(

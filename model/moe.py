@@ -1,4 +1,4 @@
-"""Mixture of experts: the balance loss and the health of the routers.
+"""Mixture of experts: the losses on the routers and their health.
 
 Shape suffixes: L expert layers, E experts, N tokens of a batch in row-major order.
 """
@@ -67,6 +67,42 @@ def balance_loss(
     num_experts = prob_LE.shape[1]
     mean_LE = prob_LE * (num_ranks / num_tokens)
     return coefficient * num_experts * (share_LE * mean_LE).sum(dim=1).mean()
+
+
+def router_z_loss(
+    router_logits: Sequence[torch.Tensor],
+    token_mask_N: torch.Tensor | None = None,
+    coefficient: float = 0.001,
+    all_reduce: bool = False,
+) -> torch.Tensor:
+    """Router z-loss, mean over layers and tokens of logsumexp(logits)^2, times the coefficient.
+
+    It keeps the logits small, whose rounding in bfloat16 would otherwise change the choice of
+    experts (ST-MoE, arXiv 2202.08906, equation 5). The paper names none. Padding is left out.
+
+    With `all_reduce`, the number of tokens is summed over all ranks, so that the mean of this loss
+    over ranks is the loss of the joint batch, as in `balance_loss`.
+
+    Args:
+        router_logits: one [N, E] tensor per layer.
+        token_mask_N: [N] bool, False for padding.
+        coefficient: ST-MoE used 0.001.
+        all_reduce: count tokens over the default process group, when there is one.
+
+    Returns:
+        scalar, ready to be added to the token loss.
+    """
+    squared = [torch.logsumexp(x.float(), dim=-1).square() for x in router_logits]
+    num_tokens = squared[0].new_tensor(squared[0].numel())
+    if token_mask_N is not None:
+        squared = [torch.where(token_mask_N, x, 0.0) for x in squared]
+        num_tokens = token_mask_N.sum().float()
+    num_ranks = 1
+    if all_reduce and dist.is_available() and dist.is_initialized():
+        dist.all_reduce(num_tokens)
+        num_ranks = dist.get_world_size()
+    total_L = torch.stack([x.sum() for x in squared])
+    return coefficient * (total_L * (num_ranks / num_tokens.clamp_min(1.0))).mean()
 
 
 @dataclass(frozen=True, slots=True)

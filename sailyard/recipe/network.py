@@ -66,6 +66,10 @@ class MoEShape(Section):
     aux_loss_coef: float = Field(0.001, ge=0, le=1)
     """Weight of the load-balancing loss. The paper is silent; Qwen3's own value."""
 
+    z_loss_coef: float = Field(0.0, ge=0, le=1)
+    """Weight of the router z-loss, which keeps the routers' logits small; 0 for none. The paper
+    names none; ST-MoE used 0.001."""
+
     global_balance: bool = True
     """Average the activation statistics across ranks before the loss. Paper section 2.2."""
 
