@@ -196,6 +196,7 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SailVLConfig) -> None:
         super().__init__(config)
         vision, text = config.vision_config, config.text_config
+        vision._experts_implementation = None  # meant for the decoder; a tower would refuse it
         self.vision_model = SailViT(vision)
         self.mlp1 = Adapter(vision.hidden_size, text.hidden_size, config.downsample)
         if config.is_moe and text._experts_implementation is None:

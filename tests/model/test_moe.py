@@ -11,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from model.calibration import CalibrationError, ExpertCalibrator, routers
-from model.moe import RouterMeter, balance_loss
+from model.moe import RouterMeter, balance_loss, router_z_loss
 from tests.model.tiny import network, pack, samples
 
 
@@ -85,40 +85,79 @@ def test_dense_models_have_no_balance_loss():
     assert out.router_logits is None
 
 
-def _rank(rank: int, store: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's loss and gradient on its share of the 16 tokens."""
+def test_z_loss_equals_its_formula_and_leaves_padding_out():
+    layers = [logits(10, 1), logits(10, 2)]
+    expected = sum(
+        math.log(sum(math.exp(v) for v in row)) ** 2 for layer in layers for row in layer.tolist()
+    )
+    loss = router_z_loss(layers, coefficient=0.5)
+    assert loss.item() == pytest.approx(0.5 * expected / 20, rel=1e-5)
+    padded = [torch.cat([x, 9 * logits(7, 3)]) for x in layers]
+    mask = torch.arange(17) < 10
+    torch.testing.assert_close(router_z_loss(padded, mask, coefficient=0.5), loss)
+
+
+def test_z_loss_is_an_option_of_the_model():
+    model = network(moe=True)
+    ids, segments, labels, tiles = pack(samples(), 160)
+    inputs = {"pixel_values": tiles, "attention_mask": segments, "labels": labels}
+    plain = model(ids, **inputs)
+    model.config.router_z_loss_coef = 0.1
+    both = model(ids, **inputs)
+    z_loss = router_z_loss(plain.router_logits, segments.reshape(-1) != 0, 0.1)
+    assert z_loss > 0
+    torch.testing.assert_close(both.aux_loss, plain.aux_loss + z_loss)
+    torch.testing.assert_close(both.loss, plain.loss + z_loss)
+
+
+SPLITS = (6, 3, 16)  # of 16 tokens, the first rank's; of the last, the second rank has padding only
+LOSSES = {"balance": lambda x, m, **k: balance_loss(x, 2, m, **k), "z": router_z_loss}
+
+
+def _rank(rank: int, store: str) -> dict[str, torch.Tensor]:
+    """This rank's losses and gradients on its share of the 16 tokens, three more being padding."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    results = {}
     try:
-        whole = logits(16, 7)
-        mine = (whole[:6] if rank == 0 else whole[6:]).clone().requires_grad_()
-        loss = balance_loss([mine], 2, coefficient=1.0, all_reduce=True)
-        loss.backward()
+        for split in SPLITS:
+            share = logits(16, 7)[:split] if rank == 0 else logits(16, 7)[split:]
+            mask = torch.arange(len(share) + 3) < len(share)
+            for name, function in LOSSES.items():
+                mine = torch.cat([share, 9 * logits(3, rank)]).requires_grad_()
+                loss = function([mine], mask, coefficient=1.0, all_reduce=True)
+                loss.backward()
+                results[f"{name}.{split}.loss"] = loss.detach()
+                results[f"{name}.{split}.gradient"] = mine.grad[: len(share)].clone()
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    return loss.detach(), mine.grad
+    return results
 
 
 def _other_rank(store: str, result: str) -> None:
-    loss, gradient = _rank(1, store)
-    save_file({"loss": loss, "gradient": gradient}, result)
+    save_file(_rank(1, store), result)
 
 
 @pytest.mark.slow
-def test_global_balance_equals_the_joint_batch(tmp_path):
+def test_global_losses_equal_the_joint_batch_however_it_is_split(tmp_path):
     store, result = str(tmp_path / "store"), str(tmp_path / "rank1.safetensors")
     other = multiprocessing.get_context("spawn").Process(target=_other_rank, args=(store, result))
     other.start()
-    loss, gradient = _rank(0, store)
+    local = _rank(0, store)
     other.join()
     remote = load_file(result)
-    joint = logits(16, 7).requires_grad_()
-    expected = balance_loss([joint], 2, coefficient=1.0)
-    expected.backward()
-    # Data-parallel training averages over ranks.
-    torch.testing.assert_close((loss + remote["loss"]) / 2, expected.detach())
-    torch.testing.assert_close(torch.cat([gradient, remote["gradient"]]) / 2, joint.grad)
+    for name, function in LOSSES.items():
+        joint = logits(16, 7).requires_grad_()
+        expected = function([joint], None, coefficient=1.0)
+        expected.backward()
+        for split in SPLITS:
+            key = f"{name}.{split}"
+            # Data-parallel training averages over ranks.
+            mean = (local[f"{key}.loss"] + remote[f"{key}.loss"]) / 2
+            torch.testing.assert_close(mean, expected.detach())
+            gradient = torch.cat([local[f"{key}.gradient"], remote[f"{key}.gradient"]]) / 2
+            torch.testing.assert_close(gradient, joint.grad)
 
 
 def test_health_of_known_routing():
