@@ -7,14 +7,14 @@ under the token loss (which keeps the behaviour) and the balance loss (which spr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from model.modeling import IGNORE, language_forward
+from model.modeling import IGNORE, SailVLForConditionalGeneration, language_forward
 from model.moe import RouterHealth, RouterMeter, balance_loss
 
 # (input_ids [B, T], segment_ids [B, T] with 0 for padding)
@@ -48,6 +48,45 @@ class CalibrationMeasure:
     health: RouterHealth
 
 
+@torch.no_grad()
+def measure_multimodal(
+    model: SailVLForConditionalGeneration, batches: Iterable[Mapping[str, torch.Tensor | None]]
+) -> CalibrationMeasure:
+    """Token loss and router health on samples with pictures, which calibration never sees.
+
+    Args:
+        model: with experts; put into eval mode.
+        batches: packed rows: `input_ids`, `labels`, `position_ids` and `segment_ids` [B, T],
+            `pixel_values` [tiles, 3, S, S] or None.
+
+    Returns:
+        Loss over the labelled tokens; health over all tokens, visual ones and text around them.
+
+    Raises:
+        CalibrationError: the decoder is dense.
+    """
+    _routers_of(model.language_model)
+    model.eval()
+    meter = RouterMeter(model.config.text_config.num_experts_per_tok)
+    total, num_labels = 0.0, 0
+    for batch in batches:
+        segment_ids = batch["segment_ids"]
+        assert segment_ids is not None
+        out = model(
+            input_ids=batch["input_ids"],
+            pixel_values=batch["pixel_values"],
+            position_ids=batch["position_ids"],
+            attention_mask=segment_ids,
+            labels=batch["labels"],
+        )
+        assert out.loss_per_token is not None
+        assert out.router_logits is not None
+        meter.add(out.router_logits, segment_ids.reshape(-1) != 0)
+        total += float(out.loss_per_token.sum())
+        num_labels += out.loss_per_token.numel()
+    return CalibrationMeasure(total / max(1, num_labels), meter.health())
+
+
 def routers(language_model: PreTrainedModel) -> list[nn.Parameter]:
     """The router weights, one [E, D] per expert layer."""
     return [
@@ -55,6 +94,16 @@ def routers(language_model: PreTrainedModel) -> list[nn.Parameter]:
         for layer in language_model.model.layers
         if hasattr(layer.mlp, "experts")
     ]
+
+
+def _routers_of(language_model: PreTrainedModel) -> list[nn.Parameter]:
+    found = routers(language_model)
+    if not found:
+        raise CalibrationError(
+            f"a {language_model.config.model_type} decoder has no routers; calibrate only "
+            f"recipes whose model.language.moe is set"
+        )
+    return found
 
 
 class ExpertCalibrator:
@@ -74,12 +123,7 @@ class ExpertCalibrator:
     ) -> None:
         self.language_model = language_model
         self.balance_weight = balance_weight
-        self.parameters = routers(language_model)
-        if not self.parameters:
-            raise CalibrationError(
-                f"a {language_model.config.model_type} decoder has no routers; calibrate only "
-                f"recipes whose model.language.moe is set"
-            )
+        self.parameters = _routers_of(language_model)
         language_model.requires_grad_(False)
         for parameter in self.parameters:
             parameter.requires_grad_(True)

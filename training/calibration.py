@@ -1,7 +1,7 @@
 """Stage `pretraining.expert_calibration`: routers of an MoE decoder learn to use every expert.
 
-Only routers train, on text alone (paper section 2.2). The entropy is reported on the text it was
-calibrated on and on text that it never saw.
+Only routers train, on text alone (paper section 2.2). Entropy and token loss are reported before
+and after, on text that was held out and on samples with pictures, which calibration never sees.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from model.calibration import CalibrationMeasure, ExpertCalibrator
-from model.checkpoint import load_language, save_language
+from model.calibration import CalibrationMeasure, ExpertCalibrator, measure_multimodal
+from model.checkpoint import load_language, load_model, save_language
 from model.processor import SailVLProcessor
 from sailyard.stage import StageContext, StopRequested
 from training.checkpointing import load_state, save_state
@@ -38,7 +38,11 @@ def run(ctx: StageContext) -> None:
     )
     heldout = [_tensors(stream) for _ in range(NUM_MEASURED)]
     calibrator = ExpertCalibrator(language, recipe.lr)
-    before = calibrator.measure(heldout)
+    # An aligned model whose decoder has not been trained since: tower and adapter speak to it.
+    whole, whole_processor = load_model(ctx.input("checkpoint"))
+    whole.language_model = language
+    pictures = _pictures(ctx, recipe, whole_processor)
+    before, before_pictures = calibrator.measure(heldout), measure_multimodal(whole, pictures)
     for step in range(_resume(ctx, language, calibrator, stream), recipe.steps):
         result = calibrator.step(*_tensors(stream))
         ctx.metric(
@@ -56,8 +60,14 @@ def run(ctx: StageContext) -> None:
             ctx.checkpoints.save(step + 1, directory)
         if ctx.stop_requested:
             raise StopRequested(f"saved at step {step + 1} of {recipe.steps}")
-    after = calibrator.measure(heldout)
-    ctx.summary(before=_figures(before), after=_figures(after), steps=recipe.steps)
+    after, after_pictures = calibrator.measure(heldout), measure_multimodal(whole, pictures)
+    ctx.summary(
+        before=_figures(before),
+        after=_figures(after),
+        multimodal_before=_figures(before_pictures),
+        multimodal_after=_figures(after_pictures),
+        steps=recipe.steps,
+    )
     save_language(ctx.output("language"), language, tokenizer)
 
 
@@ -75,6 +85,18 @@ def _resume(
 def _tensors(stream: PackedStream) -> tuple[torch.Tensor, torch.Tensor]:
     batch = collate_rows(stream.next_batch().rows, stream.seq_len)
     return batch["input_ids"], batch["segment_ids"]
+
+
+def _pictures(ctx: StageContext, recipe: Any, processor: SailVLProcessor) -> list[dict[str, Any]]:
+    stream = PackedStream(
+        open_sources({"multimodal": ctx.input("multimodal")}),
+        encoder(processor),
+        seq_len=recipe.seq_len,
+        batch_size=recipe.batch_size,
+        look_ahead=4 * recipe.batch_size,
+        seed=ctx.seed,
+    )
+    return [collate_rows(stream.next_batch().rows, stream.seq_len) for _ in range(NUM_MEASURED)]
 
 
 def _figures(measure: CalibrationMeasure) -> dict[str, float]:

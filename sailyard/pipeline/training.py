@@ -116,8 +116,14 @@ def pretraining_stages(gpus: int, moe: bool) -> list[Stage]:
             Stage(
                 "pretraining.expert_calibration",
                 "training.calibration:run",
-                1,
-                inputs={"language": language, "text": "curation.text/text"},
+                2,
+                inputs={
+                    "language": language,
+                    "text": "curation.text/text",
+                    # Still with the decoder of bootstrap.language, frozen so far.
+                    "checkpoint": "alignment.fine_grained/checkpoint",
+                    "multimodal": "curation.mix_fine_grained/mix",
+                },
                 outputs=("language",),
                 sections=("pretraining.expert_calibration", "model"),
                 doc="Raise the entropy of expert activation before multimodal training.",
