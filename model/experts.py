@@ -181,6 +181,11 @@ class _FusedExperts(torch.autograd.Function):
         return grad_x, grad_gate_up, grad_down, grad_weight, None, None
 
 
+def runs_on(x: torch.Tensor) -> str:
+    """What multiplies tokens of this device and type in our back end: "triton" or "torch"."""
+    return "torch" if _ops(x) is experts_torch else "triton"
+
+
 def _ops(x: torch.Tensor) -> ModuleType:
     """The module whose products run on this tensor's device and type."""
     kind = "cuda" if x.is_cuda else x.device.type

@@ -25,12 +25,15 @@ def up(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """silu(gate) * up of every slot [S, I], and [gate; up] itself [S, G] if it is to be kept."""
     token_S = routing.token_S
-    gate_up_SG = x_ND.new_empty(token_S.numel(), gate_up_EGD.shape[1])
+    num_slots, double = token_S.numel(), gate_up_EGD.shape[1]
+    gate_up_SG = x_ND.new_empty(num_slots, double)
+    inner_SI = x_ND.new_empty(num_slots, double // 2)
     for expert, rows in _groups(routing):
         x = x_ND.index_select(0, token_S[rows])
         torch.mm(x, gate_up_EGD[expert].T, out=gate_up_SG[rows])
-    gate, up_ = gate_up_SG.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up_), gate_up_SG if keep else None
+        gate, up_ = gate_up_SG[rows].chunk(2, dim=-1)
+        torch.mul(F.silu(gate), up_, out=inner_SI[rows])
+    return inner_SI, gate_up_SG if keep else None
 
 
 def down(inner_SI: torch.Tensor, down_EDI: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -52,24 +55,24 @@ def grad_inner(
         gradient of [gate; up], [S, G]; the weighted inner activation, [S, I], which the gradient of
         `down` needs; the gradient of the router weights, [S] in order of slot.
     """
-    num_slots, inner = gate_up_SG.shape[0], down_EDI.shape[2]
+    inner, exact = down_EDI.shape[2], routing.weight_S.dtype
     token_S = routing.token_S
-    grad_SI = grad_ND.new_empty(num_slots, inner)
-    for expert, rows in _groups(routing):
-        torch.mm(grad_ND.index_select(0, token_S[rows]), down_EDI[expert], out=grad_SI[rows])
-    exact = routing.weight_S.dtype
-    weight_S1 = routing.weight_S[routing.slot_S, None]
-    gate, up_ = gate_up_SG.to(exact).chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    inner_SI, grad_SI = silu * up_, grad_SI.to(exact)
-    grad_weight_S = torch.empty_like(routing.weight_S)
-    grad_weight_S[routing.slot_S] = (grad_SI * inner_SI).sum(dim=-1)
-    grad_SI = grad_SI * weight_S1
     grad_gate_up_SG = torch.empty_like(gate_up_SG)
-    grad_gate_up_SG[:, :inner] = grad_SI * up_ * (sigmoid + silu * (1 - sigmoid))
-    grad_gate_up_SG[:, inner:] = grad_SI * silu
-    return grad_gate_up_SG, (inner_SI * weight_S1).to(gate_up_SG.dtype), grad_weight_S
+    weighted_SI = gate_up_SG.new_empty(gate_up_SG.shape[0], inner)
+    grad_weight_S = torch.empty_like(routing.weight_S)
+    for expert, rows in _groups(routing):  # an expert's rows stay in the cache
+        slot = routing.slot_S[rows]
+        weight = routing.weight_S[slot, None]
+        grad = (grad_ND.index_select(0, token_S[rows]) @ down_EDI[expert]).to(exact)
+        gate, up_ = gate_up_SG[rows].to(exact).chunk(2, dim=-1)
+        silu = F.silu(gate)
+        inner_act = silu * up_
+        grad_weight_S[slot] = (grad * inner_act).sum(dim=-1)
+        grad.mul_(weight)
+        grad_gate_up_SG[rows, :inner] = torch.ops.aten.silu_backward(grad * up_, gate)
+        grad_gate_up_SG[rows, inner:] = grad * silu
+        weighted_SI[rows] = inner_act.mul_(weight)
+    return grad_gate_up_SG, weighted_SI, grad_weight_S
 
 
 def grad_input(

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from model.experts import BACKEND, _ops
+from model.experts import BACKEND, runs_on
 from tests.model.experts_case import assert_same, make_case
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_agree_with_eager_forward_and_backward(shape):
     case = make_case(*shape[:5], idle=shape[5], device=DEVICE)
-    assert _ops(case.tokens).__name__ == "model.experts_triton"
+    assert runs_on(case.tokens) == "triton"
     assert_same(case.run(BACKEND), case.run("eager"), 1e-5)
 
 
