@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from model.calibration import CalibrationError, ExpertCalibrator, routers
+from model.calibration import CalibrationError, ExpertCalibrator, measure_multimodal, routers
 from model.moe import RouterMeter, balance_loss, router_z_loss
 from tests.model.tiny import network, pack, samples
 
@@ -178,6 +178,38 @@ def test_health_of_known_routing():
         RouterMeter(2).health()
 
 
+def pictures() -> dict[str, torch.Tensor | None]:
+    """A packed row: text, one tile, several tiles, a video, padding."""
+    ids, segments, labels, tiles = pack(samples(), 160)
+    return {
+        "input_ids": ids,
+        "segment_ids": segments,
+        "labels": labels,
+        "pixel_values": tiles,
+        "position_ids": None,
+    }
+
+
+def test_pictures_are_measured_as_the_model_sees_them():
+    model = network(moe=True)
+    batch = pictures()
+    found = measure_multimodal(model, [batch, batch])
+    once = model(
+        batch["input_ids"],
+        batch["pixel_values"],
+        attention_mask=batch["segment_ids"],
+        labels=batch["labels"],
+    )
+    assert found.token_loss == pytest.approx(once.loss_per_token.mean().item(), rel=1e-5)
+    real = batch["segment_ids"].reshape(-1) != 0
+    meter = RouterMeter(2)
+    meter.add(once.router_logits, real)
+    assert found.health.entropy == pytest.approx(meter.health().entropy)
+    assert found.health.num_tokens == 2 * int(real.sum())
+    with pytest.raises(CalibrationError, match="no routers"):
+        measure_multimodal(network(), [batch])
+
+
 def test_calibration_raises_entropy_and_moves_routers_alone():
     model = network(moe=True)
     decoder = model.language_model
@@ -196,12 +228,18 @@ def test_calibration_raises_entropy_and_moves_routers_alone():
     calibrator = ExpertCalibrator(decoder, lr=0.01)
     names = {id(p): n for n, p in decoder.named_parameters()}
     frozen = {n: p.clone() for n, p in decoder.named_parameters() if "mlp.gate." not in n}
-    before = calibrator.measure(batches)
+    before, pictures_before = calibrator.measure(batches), measure_multimodal(model, [pictures()])
     steps = [calibrator.step(*batch) for _ in range(4) for batch in batches]
     after = calibrator.measure(batches)
     assert after.health.summary()["router_entropy"] > (
         1.2 * before.health.summary()["router_entropy"]
     )
+    # Calibrated on text alone; tokens with pictures spread out as well (paper section 2.2).
+    pictures_after = measure_multimodal(model, [pictures()])
+    assert pictures_after.health.summary()["router_entropy"] > (
+        pictures_before.health.summary()["router_entropy"] + 0.02
+    )
+    assert pictures_after.token_loss < pictures_before.token_loss + 0.1
     assert steps[-1].balance < steps[0].balance
     assert after.token_loss < before.token_loss + 0.1
     assert all(torch.equal(dict(decoder.named_parameters())[n], p) for n, p in frozen.items())
