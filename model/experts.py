@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from model import experts_torch
@@ -87,7 +87,7 @@ def route(top_k_index_NK: torch.Tensor, weight_NK: torch.Tensor, num_experts: in
 
 
 def fused_experts_forward(
-    module: torch.nn.Module,
+    module: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -107,7 +107,8 @@ def fused_experts_forward(
         ValueError: experts of another form (biases, transposed weights, no SiLU, split over ranks).
     """
     _check(module)
-    gate_up, down = module.gate_up_proj, module.down_proj
+    gate_up: torch.Tensor = module.gate_up_proj
+    down: torch.Tensor = module.down_proj
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
     weight = top_k_weights.to(torch.promote_types(dtype, torch.float32))
@@ -160,7 +161,7 @@ class _FusedExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx | Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_ND, gate_up_EGD, down_EDI, gate_up_SG, slot_S, offsets_E1, weight_S = ctx.saved_tensors
         routing = Routing(slot_S, offsets_E1, weight_S, ctx.top_k)
         needs_x, needs_gate_up, needs_down, needs_weight = ctx.needs_input_grad[:4]

@@ -96,7 +96,8 @@ def _pictures(ctx: StageContext, recipe: Any, processor: SailVLProcessor) -> lis
         look_ahead=4 * recipe.batch_size,
         seed=ctx.seed,
     )
-    return [collate_rows(stream.next_batch().rows, stream.seq_len) for _ in range(NUM_MEASURED)]
+    batches = (stream.next_batch() for _ in range(NUM_MEASURED))
+    return [dict(collate_rows(batch.rows, stream.seq_len)) for batch in batches]
 
 
 def _figures(measure: CalibrationMeasure) -> dict[str, float]:

@@ -11,23 +11,8 @@ from model.experts import BACKENDS
 
 
 def test_every_back_end_is_measured_and_agrees(capsys):
-    main(
-        [
-            "--json",
-            "--width",
-            "32",
-            "--inner",
-            "16",
-            "--experts",
-            "6",
-            "--tokens",
-            "40",
-            "--top-k",
-            "2",
-            "--repeats",
-            "2",
-        ]
-    )
+    small = {"width": 32, "inner": 16, "experts": 6, "tokens": 40, "top-k": 2, "repeats": 2}
+    main(["--json", *(f"--{name}={value}" for name, value in small.items())])
     result = json.loads(capsys.readouterr().out)
     assert set(result["median_seconds"]) == set(BACKENDS)
     assert all(seconds > 0 for seconds in result["median_seconds"].values())

@@ -25,8 +25,8 @@ class Case:
         """The output and the gradients of tokens, router weights and both expert weights."""
         self.experts.config._experts_implementation = backend
         self.experts.zero_grad(set_to_none=True)
-        tokens = self.tokens.clone().requires_grad_()
-        weights = self.weights.clone().requires_grad_()
+        tokens = self.tokens.detach().requires_grad_()  # strides as they are
+        weights = self.weights.detach().requires_grad_()
         out = self.experts(tokens, self.index, weights)
         out.backward(self.grad)
         grads = (self.experts.gate_up_proj.grad, self.experts.down_proj.grad)

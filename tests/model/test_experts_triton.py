@@ -49,7 +49,7 @@ def test_kernels_in_the_interpreter():
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "10 passed" in done.stdout
+    assert "11 passed" in done.stdout
 
 
 @installed
@@ -74,6 +74,16 @@ def test_half_precision_is_as_near_to_the_truth_as_eager():
         x.float() for x in (half.tokens, half.weights, half.grad)
     )
     assert_same(half.run(BACKEND), exact.run("eager"), 1e-2)
+
+
+@installed
+@running
+@pytest.mark.slow
+def test_tokens_and_gradients_need_not_be_contiguous():
+    case = make_case(20, 16, 24, 4, 2, device=DEVICE)
+    case.tokens = torch.cat([case.tokens, case.tokens], dim=1)[:, ::2]
+    case.grad = case.grad[:1].expand(20, 16)
+    assert_same(case.run(BACKEND), case.run("eager"), 1e-5)
 
 
 @installed
