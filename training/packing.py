@@ -8,7 +8,9 @@ padding) and the model turns that into a block-diagonal causal mask; positions r
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypedDict
 
 import numpy as np
@@ -64,18 +66,28 @@ def fill_row(lengths: Sequence[int], seq_len: int) -> list[int]:
     sample waits longer than the buffer is deep, however awkward its length (paper section 5:
     over-long samples are forced in before they starve).
     """
+    # Best fits come off the end of a list sorted by length; among equals the oldest is last.
+    order = sorted(range(1, len(lengths)), key=lambda i: (lengths[i], -i))
+    keys = [lengths[i] for i in order]
     chosen = [0]
     space = seq_len - lengths[0]
-    rest = set(range(1, len(lengths)))
-    while rest:
-        fitting = [i for i in rest if lengths[i] <= space]
-        if not fitting:
-            break
-        best = max(fitting, key=lambda i: (lengths[i], -i))
-        chosen.append(best)
-        rest.remove(best)
-        space -= lengths[best]
+    while (place := bisect_right(keys, space) - 1) >= 0:
+        chosen.append(order.pop(place))
+        space -= keys.pop(place)
     return chosen
+
+
+def truncated(encoded: Encoded, seq_len: int, image_token_id: int) -> Encoded | None:
+    """The first `seq_len` tokens of a sample, or None where that cannot be trained on.
+
+    That is where the cut would go through an image (its visual tokens and its pixels would no
+    longer match), or would leave no token with a loss.
+    """
+    cut = encoded.input_ids[seq_len:]
+    mask = encoded.loss_mask[:seq_len]
+    if (cut == image_token_id).any() or not mask[1:].any():
+        return None
+    return replace(encoded, input_ids=encoded.input_ids[:seq_len], loss_mask=mask)
 
 
 def collate_rows(rows: Sequence[Sequence[Encoded]], seq_len: int) -> PackedBatch:

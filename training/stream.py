@@ -9,13 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from model.processor import Encoded
+from sailyard.plan.flops import Cost
 from sailyard.samples import Sample, SampleReader, read_table
+from training.balance import Balance, balanced_rows, deal_rows
 from training.packing import PackingStats, fill_row
+
+# How many samples that were too long a stage names; it counts them all.
+MAX_NAMED = 100
+
+
+class Samples(Protocol):
+    """Random access to a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 @dataclass(slots=True)
@@ -27,14 +40,17 @@ class Source:
     """
 
     name: str
-    reader: SampleReader
+    reader: Samples
     weight: float
     opening: np.ndarray
 
 
 @dataclass(slots=True)
 class StreamBatch:
-    """Samples dealt to rows, not yet collated, and where each came from."""
+    """Samples dealt to rows, not yet collated, and where each came from.
+
+    With `n` rows over `w` ranks, the rows of rank `r` are those from `r * n / w` on.
+    """
 
     rows: list[list[Encoded]]
     sources: list[list[int]]  # index into the stream's sources, per row and sample
@@ -47,6 +63,14 @@ class _Pending:
     position: int  # how many samples of the source were drawn before this one
     sample_id: str
     encoded: Encoded
+    truncated: bool
+    cost: Cost  # forward FLOPs; zero where rows are not balanced
+    waited: int = 0  # steps it has been left in the buffer, where rows are balanced
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.encoded.input_ids)
 
 
 class PackedStream:
@@ -55,7 +79,14 @@ class PackedStream:
     Draws follow smooth weighted round-robin, so any stretch of the stream holds every source
     at its weight; each epoch of a source is a fresh permutation seeded by (seed, source, epoch),
     the first one with the source's opening samples before the others.
-    Samples longer than a row are counted in `num_too_long` and skipped.
+
+    A sample longer than a row is cut by `truncate` where that is given and can, else left out;
+    both are counted and the first hundred are named. All ranks of a run make the same stream and
+    take their own rows of each batch.
+
+    No sample starves: a row starts with the oldest one in the buffer, so none waits for more than
+    `look_ahead` rows; with `balance`, those that have waited for `look_ahead` rows start the rows,
+    so none waits for more than twice that.
     """
 
     def __init__(
@@ -67,6 +98,8 @@ class PackedStream:
         batch_size: int,
         look_ahead: int,
         seed: int,
+        balance: Balance | None = None,
+        truncate: Callable[[Encoded], Encoded | None] | None = None,
     ) -> None:
         empty = [s.name for s in sources if len(s.reader) == 0]
         if not sources or empty:
@@ -74,8 +107,11 @@ class PackedStream:
         self.sources, self.encode = sources, encode
         self.seq_len, self.batch_size = seq_len, batch_size
         self.look_ahead, self.seed = look_ahead, seed
+        self.balance, self.truncate = balance, truncate
         self.stats = PackingStats()
         self.num_too_long = 0
+        self.num_truncated = 0
+        self.too_long: list[str] = []
         self._positions = [0] * len(sources)
         self._credits = [0.0] * len(sources)
         self._buffer: list[_Pending] = []
@@ -83,40 +119,76 @@ class PackedStream:
 
     def next_batch(self) -> StreamBatch:
         """The next `batch_size` rows of `seq_len` tokens."""
-        rows: list[list[Encoded]] = []
-        lengths: list[list[int]] = []
-        sources: list[list[int]] = []
-        ids: list[str] = []
+        rows = self._plain_rows() if self.balance is None else self._balanced_rows(self.balance)
+        self.stats.add([[p.length for p in row] for row in rows], self.seq_len)
+        return StreamBatch(
+            rows=[[p.encoded for p in row] for row in rows],
+            sources=[[p.source for p in row] for row in rows],
+            ids=[p.sample_id for row in rows for p in row],
+        )
+
+    def _plain_rows(self) -> list[list[_Pending]]:
+        rows = []
         for _ in range(self.batch_size):
             self._top_up()
-            chosen = fill_row([len(p.encoded.input_ids) for p in self._buffer], self.seq_len)
-            row = [self._buffer[i] for i in chosen]
-            taken = set(chosen)
-            self._buffer = [p for i, p in enumerate(self._buffer) if i not in taken]
-            rows.append([p.encoded for p in row])
-            lengths.append([len(p.encoded.input_ids) for p in row])
-            sources.append([p.source for p in row])
-            ids.extend(p.sample_id for p in row)
-        self.stats.add(lengths, self.seq_len)
-        return StreamBatch(rows, sources, ids)
+            rows.append(self._take(fill_row([p.length for p in self._buffer], self.seq_len)))
+        return rows
+
+    def _balanced_rows(self, balance: Balance) -> list[list[_Pending]]:
+        self._top_up()
+        # No row may stay empty, so the buffer holds what two steps need at least.
+        while sum(p.length for p in self._buffer) < 2 * self.batch_size * self.seq_len:
+            self._draw()
+        max_wait = max(self.look_ahead // self.batch_size, 1)
+        costs = [p.cost for p in self._buffer]
+        plan = balanced_rows(
+            [p.length for p in self._buffer],
+            costs,
+            [p.waited >= max_wait for p in self._buffer],
+            seq_len=self.seq_len,
+            num_rows=self.batch_size,
+        )
+        row_costs = [sum((costs[i] for i in row), Cost(0.0, 0.0)) for row in plan]
+        dealt = [plan[i] for i in deal_rows(row_costs, balance.world_size)]
+        rows = [[self._buffer[i] for i in row] for row in dealt]
+        self._take([i for row in dealt for i in row])
+        for pending in self._buffer:
+            pending.waited += 1
+        return rows
+
+    def _take(self, chosen: list[int]) -> list[_Pending]:
+        """Take samples out of the buffer, by position."""
+        taken = set(chosen)
+        row = [self._buffer[i] for i in chosen]
+        self._buffer = [p for i, p in enumerate(self._buffer) if i not in taken]
+        return row
 
     def epoch_steps(self, epochs: float) -> int:
         """Steps that `epochs` passes over all sources take, estimated from the buffer's lengths."""
         self._top_up()
-        mean_length = float(np.mean([len(p.encoded.input_ids) for p in self._buffer]))
+        mean_length = float(np.mean([p.length for p in self._buffer]))
         num_samples = sum(len(s.reader) for s in self.sources) * epochs
         return max(round(num_samples * mean_length / (self.seq_len * self.batch_size)), 1)
 
     def _top_up(self) -> None:
         while len(self._buffer) < self.look_ahead:
-            source = self._next_source()
-            pending = self._read(source, self._positions[source])
-            self._positions[source] += 1
-            if len(pending.encoded.input_ids) > self.seq_len:
-                self.num_too_long += 1
-                self._fail_if_nothing_fits()
-            else:
-                self._buffer.append(pending)
+            self._draw()
+
+    def _draw(self) -> None:
+        """Read the next sample of the mixture into the buffer, if a row can hold it."""
+        source = self._next_source()
+        pending = self._read(source, self._positions[source])
+        self._positions[source] += 1
+        fits = pending.length <= self.seq_len
+        if fits:
+            self._buffer.append(pending)
+            if not pending.truncated:
+                return
+        self.num_truncated += fits
+        self.num_too_long += not fits
+        if len(self.too_long) < MAX_NAMED:
+            self.too_long.append(pending.sample_id)
+        self._fail_if_nothing_fits()
 
     def _fail_if_nothing_fits(self) -> None:
         if not self._buffer and self.num_too_long > sum(len(s.reader) for s in self.sources):
@@ -134,7 +206,13 @@ class PackedStream:
         reader = self.sources[source].reader
         epoch, offset = divmod(position, len(reader))
         sample = reader[int(self._order(source, epoch)[offset])]
-        return _Pending(source, position, sample.id, self.encode(sample))
+        whole = self.encode(sample)
+        cut = None
+        if len(whole.input_ids) > self.seq_len and self.truncate is not None:
+            cut = self.truncate(whole)
+        encoded = whole if cut is None else cut
+        cost = self.balance.cost_of(encoded) if self.balance else Cost(0.0, 0.0)
+        return _Pending(source, position, sample.id, encoded, cut is not None, cost)
 
     def _order(self, source: int, epoch: int) -> np.ndarray:
         key = (source, epoch)
@@ -153,9 +231,11 @@ class PackedStream:
         return {
             "positions": list(self._positions),
             "credits": list(self._credits),
-            "buffer": [[p.source, p.position] for p in self._buffer],
+            "buffer": [[p.source, p.position, p.waited] for p in self._buffer],
             "stats": self.stats.state(),
             "num_too_long": self.num_too_long,
+            "num_truncated": self.num_truncated,
+            "too_long": list(self.too_long),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -164,7 +244,13 @@ class PackedStream:
         self._credits = list(state["credits"])
         self.stats.load(state["stats"])
         self.num_too_long = state["num_too_long"]
-        self._buffer = [self._read(source, position) for source, position in state["buffer"]]
+        self.num_truncated = state["num_truncated"]
+        self.too_long = list(state["too_long"])
+        self._buffer = []
+        for source, position, waited in state["buffer"]:
+            pending = self._read(source, position)
+            pending.waited = waited
+            self._buffer.append(pending)
 
 
 def open_sources(

@@ -6,10 +6,12 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from model.modeling import SailVLForConditionalGeneration, part_digests
@@ -18,8 +20,10 @@ from sailyard.media import decode_image
 from sailyard.recipe import TrainRecipe
 from sailyard.samples import Sample
 from sailyard.stage import StageContext, StopRequested
+from training.balance import Balance, sample_cost
 from training.checkpointing import STATE_FILE, load_state, restore, save_state, snapshot
 from training.engine import Engine
+from training.packing import truncated
 from training.schedules import AdaLRS, lr_factor
 from training.stream import PackedStream, open_sources
 
@@ -34,6 +38,20 @@ def encoder(processor: SailVLProcessor) -> Callable[[Sample], Encoded]:
         return processor.encode(sample.messages, images, is_video=sample.is_video)
 
     return encode
+
+
+def truncation(
+    processor: SailVLProcessor, recipe: TrainRecipe
+) -> Callable[[Encoded], Encoded | None] | None:
+    """How samples longer than a row are cut, if the recipe wants them cut."""
+    if recipe.too_long == "quarantine":
+        return None
+    return partial(truncated, seq_len=recipe.seq_len, image_token_id=processor.image_token_id)
+
+
+def world_size() -> int:
+    """Ranks that share a step."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def carried(ctx: StageContext, first_step: int) -> dict[str, Any] | None:
@@ -94,6 +112,8 @@ class SupervisedRun:
             batch_size=recipe.batch_size,
             look_ahead=recipe.look_ahead,
             seed=ctx.seed if seed is None else seed,
+            balance=Balance(world_size(), sample_cost(model)) if recipe.visual_balance else None,
+            truncate=truncation(processor, recipe),
         )
         self.total_steps = recipe.max_steps or self.stream.epoch_steps(recipe.epochs)
         self.adalrs = AdaLRS(total_steps=self.total_steps, **adalrs) if adalrs else None
@@ -209,6 +229,8 @@ class SupervisedRun:
             "loss_first": sum(losses[:edge]) / edge,
             "loss_last": sum(losses[-edge:]) / edge,
             "too_long": self.stream.num_too_long,
+            "truncated": self.stream.num_truncated,
+            "too_long_ids": list(self.stream.too_long),
             "trainable": list(self.recipe.trainable),
             "frozen_parts_unchanged": True,
             "part_digests_before": self.digests_before,

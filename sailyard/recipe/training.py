@@ -103,8 +103,18 @@ class TrainRecipe(Optimization):
     token sums, as the equations of paper section 4.2 are written (sample). Our choice: token."""
 
     look_ahead: int = Field(256, ge=1)
-    """Samples the packer holds to choose from. The paper names a buffer, not its size; our
-    choice."""
+    """Samples the packer holds to choose from, over all ranks. The paper names a buffer, not its
+    size; our choice."""
+
+    visual_balance: bool = False
+    """Choose rows that cost the same in vision and in language, and deal them evenly to ranks
+    (paper section 5). Worth it with any_resolution and several ranks; give look_ahead 32 samples
+    per row of a step. Our choice: off."""
+
+    too_long: Literal["quarantine", "truncate"] = "quarantine"
+    """What happens to a sample longer than seq_len: left out (quarantine), or cut at its end unless
+    the cut would go through an image or leave nothing to learn (truncate). Either is counted and
+    named in the stage's summary. The paper only says that packing truncates less; our choice."""
 
     @model_validator(mode="after")
     def _check_train(self) -> Self:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.processor import Encoded
-from training.packing import IGNORE_INDEX, collate_rows, fill_row, pack_rows
+from training.packing import IGNORE_INDEX, collate_rows, fill_row, pack_rows, truncated
 
 
 def encoded(length: int, first_id: int = 1, num_tiles: int = 0) -> Encoded:
@@ -50,3 +50,35 @@ def test_collated_samples_keep_their_own_positions_and_segments() -> None:
     assert batch["labels"][0].tolist() == [IGNORE_INDEX, 11, 12, IGNORE_INDEX, 21, IGNORE_INDEX]
     assert batch["images"]["pixel_values"] is not None
     assert batch["images"]["pixel_values"][:, 0, 0, 0].tolist() == [10, 30, 30]
+
+
+def slow_fill_row(lengths: list[int], seq_len: int) -> list[int]:
+    """The rule of `fill_row` word by word: the oldest, then always the longest that fits."""
+    chosen, space = [0], seq_len - lengths[0]
+    rest = set(range(1, len(lengths)))
+    while fitting := [i for i in rest if lengths[i] <= space]:
+        best = max(fitting, key=lambda i: (lengths[i], -i))
+        chosen.append(best)
+        rest.remove(best)
+        space -= lengths[best]
+    return chosen
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=60))
+def test_a_row_is_filled_by_the_longest_that_fits_the_oldest_first(lengths: list[int]) -> None:
+    assert fill_row(lengths, 64) == slow_fill_row(lengths, 64)
+
+
+def test_a_cut_keeps_images_whole_and_something_to_learn() -> None:
+    image = 7
+    ids = np.array([1, image, image, 2, 3, 4, 5], dtype=np.int64)
+    mask = np.array([0, 0, 0, 0, 1, 1, 1], dtype=bool)
+    whole = Encoded(ids, mask, np.zeros((1, 3, 4, 4), dtype=np.float32))
+    kept = truncated(whole, 5, image)
+    assert kept is not None
+    assert kept.input_ids.tolist() == [1, image, image, 2, 3]
+    assert kept.loss_mask.sum() == 1
+    assert len(kept.pixel_values) == 1
+    assert truncated(whole, 2, image) is None  # through the image
+    assert truncated(whole, 4, image) is None  # no answer left

@@ -10,6 +10,7 @@ import pytest
 
 from model.processor import Encoded
 from sailyard.samples import Sample, read_samples, write_samples
+from training.packing import truncated
 from training.stream import PackedStream, open_sources
 
 
@@ -120,3 +121,27 @@ def test_weights_must_name_inputs(tmp_path: Path) -> None:
 def test_first_tasks_must_be_tasks_of_an_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"first_tasks names \['colur'\]"):
         open_sources({"a": dataset(tmp_path, "a", 3)}, first_tasks=["colur"])
+
+
+def test_too_long_samples_are_cut_where_the_rule_says_so(tmp_path: Path) -> None:
+    directory = dataset(tmp_path, "a", 40)
+    whole = make({"a": directory}, seq_len=32)
+    stream = PackedStream(
+        open_sources({"a": directory}),
+        encode,
+        seq_len=32,
+        batch_size=2,
+        look_ahead=12,
+        seed=5,
+        truncate=lambda e: truncated(e, 32, image_token_id=7),
+    )
+    for _ in range(20):
+        whole.next_batch()
+        stream.next_batch()
+    assert whole.num_too_long > 0
+    assert whole.num_truncated == stream.num_too_long == 0
+    assert stream.num_truncated > 0
+    assert set(stream.too_long) <= {f"a-{i}" for i in range(40)}
+    again = make({"a": directory}, seq_len=32)
+    again.load(whole.state())
+    assert again.too_long == whole.too_long

@@ -1,0 +1,224 @@
+"""Packing against padding: `python -m benchmarks.packing --json`.
+
+Two questions, on the mixes of `benchmarks.mix`:
+
+1. How full are the rows and how fast is the packer? The stream's own rule, beside TRL's packing
+   (best-fit-decreasing, `pip install --no-deps trl datasets dill multiprocess xxhash`) and plain
+   first-fit in arrival order. TRL packs a stored set, a thousand samples at a time; the stream
+   sees `LOOK_AHEAD` samples ahead. All get the same samples.
+2. What is that worth? Training steps (forward and backward, fp32, CPU) of a small network with the
+   layout of ours: packed rows against batches padded to the longest sample, at equal memory: both
+   hold the same number of token slots. Padded batches take consecutive samples while the longest
+   times their number fits. Attention never sees padding in either, so the gain is what padding
+   costs the rest of the network; lengths are the recorded ones divided by `SHRINK`, which leaves
+   every ratio between them as it is. Both arms alternate, and the ratio is that of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.mix import LONGCOT, MULTITASK, Kind, describe, draw
+from model.checkpoint import build_language
+from model.config import language_config_of
+from model.modeling import language_forward
+from sailyard.recipe import load_recipe
+from training.packing import fill_row
+
+LOOK_AHEAD = 256
+SHRINK = 8
+SETTINGS: dict[str, tuple[Sequence[Kind], int]] = {
+    "multitask": (MULTITASK, 8192),
+    "longcot": (LONGCOT, 20_480),
+}
+
+Rows = list[list[int]]
+"""Lengths of the samples in each row."""
+
+
+def stream_rows(lengths: Sequence[int], seq_len: int) -> Rows:
+    """The stream's rule over a look-ahead buffer; the last, unfilled buffer is not counted."""
+    buffer = list(lengths[:LOOK_AHEAD])
+    coming = iter(lengths[LOOK_AHEAD:])
+    rows: Rows = []
+    while len(buffer) == LOOK_AHEAD:
+        chosen = fill_row(buffer, seq_len)
+        rows.append([buffer[i] for i in chosen])
+        taken = set(chosen)
+        buffer = [length for i, length in enumerate(buffer) if i not in taken]
+        buffer.extend(length for length, _ in zip(coming, chosen, strict=False))
+    return rows
+
+
+def first_fit_rows(lengths: Sequence[int], seq_len: int) -> Rows:
+    """First-fit in arrival order: the first open row with room, else a new one."""
+    rows: Rows = []
+    space: list[int] = []
+    for length in lengths:
+        for i, free in enumerate(space):
+            if length <= free:
+                rows[i].append(length)
+                space[i] -= length
+                break
+        else:
+            rows.append([length])
+            space.append(seq_len - length)
+    return rows
+
+
+def trl_rows(lengths: Sequence[int], seq_len: int) -> tuple[Rows, float]:
+    """TRL's own `pack_dataset`, strategy "bfd", and the seconds it took.
+
+    Raises:
+        ModuleNotFoundError: trl or datasets is not installed.
+    """
+    import datasets
+    from trl.data_utils import pack_dataset
+
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_dict({"input_ids": [[0] * length for length in lengths]})
+    started = time.perf_counter()
+    packed = pack_dataset(data, seq_len, strategy="bfd")
+    seconds = time.perf_counter() - started
+    return [list(row) for row in packed["seq_lengths"]], seconds
+
+
+def compare_packers(lengths: Sequence[int], seq_len: int) -> dict[str, Any]:
+    """Fill, and samples per second of the packing alone."""
+    found: dict[str, Any] = {}
+    for name, pack in (("sailyard stream", stream_rows), ("first-fit", first_fit_rows)):
+        started = time.perf_counter()
+        rows = pack(lengths, seq_len)
+        found[name] = _packing(rows, seq_len, time.perf_counter() - started)
+    try:
+        rows, seconds = trl_rows(lengths, seq_len)
+    except ModuleNotFoundError as error:
+        found["trl bfd"] = {"skipped": f"{error.name} is not installed"}
+    else:
+        found["trl bfd"] = _packing(rows, seq_len, seconds)
+    return found
+
+
+def _packing(rows: Rows, seq_len: int, seconds: float) -> dict[str, float]:
+    tokens = sum(map(sum, rows))
+    samples = sum(map(len, rows))
+    return {
+        "fill": tokens / (len(rows) * seq_len),
+        "rows": len(rows),
+        "samples_per_second": samples / seconds,
+    }
+
+
+def padded_batches(lengths: Sequence[int], slots: int) -> Rows:
+    """Consecutive samples, as many as fit when all are padded to the longest."""
+    batches: Rows = []
+    current: list[int] = []
+    for length in lengths:
+        if current and max(*current, length) * (len(current) + 1) > slots:
+            batches.append(current)
+            current = []
+        current.append(length)
+    return batches
+
+
+def measure_training(lengths: Sequence[int], seq_len: int, steps: int) -> dict[str, Any]:
+    """Tokens per second of training steps, packed and padded, in turns."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    section = load_recipe("tiny").model.language
+    model = build_language(language_config_of(section)).train()
+    small = [max(length // SHRINK, 2) for length in lengths]
+    slots = seq_len // SHRINK
+    packed = stream_rows(small, slots)[:steps]
+    padded = padded_batches(small, slots)[:steps]
+
+    def step(segments: torch.Tensor) -> None:
+        ids = torch.randint(0, section.vocab_size, segments.shape)
+        labels = torch.where(segments > 0, ids, -100)
+        embeds = model.get_input_embeddings()(ids)
+        output = language_forward(model, embeds, attention_mask=segments, labels=labels)
+        assert output.loss is not None
+        output.loss.backward()
+        model.zero_grad()
+
+    def rate(tokens: int, run: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        run()
+        return tokens / (time.perf_counter() - started)
+
+    rates: dict[str, list[float]] = {"packed": [], "padded": []}
+    for number, (row, batch) in enumerate(zip(packed, padded, strict=True)):
+        fast = rate(sum(row), lambda row=row: step(_packed(row, slots)))  # type: ignore[misc]
+        slow = rate(sum(batch), lambda batch=batch: step(_padded(batch)))  # type: ignore[misc]
+        if number >= 2:  # the first ones warm up
+            rates["packed"].append(fast)
+            rates["padded"].append(slow)
+    fast, slow = (statistics.median(rates[arm]) for arm in ("packed", "padded"))
+    padded_tokens = sum(map(sum, padded))
+    return {
+        "slots": slots,
+        "steps": len(rates["packed"]),
+        "packed_tokens_per_second": fast,
+        "padded_tokens_per_second": slow,
+        "speedup": fast / slow,
+        "packed_fill": sum(map(sum, packed)) / (slots * len(packed)),
+        "padded_fill": padded_tokens / sum(max(b) * len(b) for b in padded),
+    }
+
+
+def _packed(row: Sequence[int], slots: int) -> torch.Tensor:
+    """[1, slots] segment ids."""
+    numbers = np.repeat(np.arange(1, len(row) + 1), row)
+    return torch.from_numpy(np.pad(numbers, (0, slots - len(numbers)))[None])
+
+
+def _padded(batch: Sequence[int]) -> torch.Tensor:
+    """[samples, longest] 1 where a token is."""
+    positions = np.arange(max(batch))
+    return torch.from_numpy((positions < np.array(batch)[:, None]).astype(np.int64))
+
+
+def main() -> None:
+    """Run both mixes; print a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {}
+    for name, (kinds, seq_len) in SETTINGS.items():
+        drawn = draw(kinds, arguments.samples, any_resolution=False)
+        lengths = [sample.tokens for sample in drawn if sample.tokens <= seq_len]
+        found[name] = {
+            "seq_len": seq_len,
+            "mix": describe(drawn),
+            "too_long": len(drawn) - len(lengths),
+            "packers": compare_packers(lengths, seq_len),
+            "training": measure_training(lengths, seq_len, arguments.steps),
+        }
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, result in found.items():
+        training = result["training"]
+        print(f"{name}, rows of {result['seq_len']}: {training['speedup']:.2f}x padding")
+        for packer, figures in result["packers"].items():
+            if "skipped" in figures:
+                print(f"  {packer:16} {figures['skipped']}")
+            else:
+                print(
+                    f"  {packer:16} fill {figures['fill']:.4f}, "
+                    f"{figures['samples_per_second']:,.0f} samples/s"
+                )
+
+
+if __name__ == "__main__":
+    main()
