@@ -1,14 +1,21 @@
-"""Model soup: the uniform average of homogeneous checkpoints (paper section 4.2.1, Table 5)."""
+"""Model soup: the average of homogeneous checkpoints (paper section 4.2.1, Table 5).
+
+Tensors are averaged one by one from file to file, so memory holds one output file and a few
+tensors, never a network.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from model.checkpoint import load_model, save_model
+from model.shards import INDEX, SHARD_BYTES, SINGLE, StoredTensor, read_headers, read_tensor
 from sailyard.stage import StageContext
 
 RECORD_FILE = "training.json"
@@ -25,45 +32,173 @@ def run(ctx: StageContext) -> None:
     """Stage `post_training.soup`: check, average in fp32, record every ingredient."""
     ingredients = {name: ctx.input(name) for name in ctx.input_names}
     check_homogeneous(ingredients)
-    model, processor = load_model(next(iter(ingredients.values())))
-    average_into(model, list(ingredients.values()))
-    save_model(ctx.output("checkpoint"), model, processor)
+    weights = soup_weights(list(ingredients), ctx.section("post_training.soup").weights)
+    distances = average(ingredients, weights, ctx.output("checkpoint"))
     ctx.summary(
         num_ingredients=len(ingredients),
         ingredient_digests={name: ctx.input_digest(name) for name in ingredients},
-        distance={name: _distance(model, path) for name, path in ingredients.items()},
+        weights=weights,
+        distance=distances,
     )
 
 
-def check_homogeneous(ingredients: Mapping[str, Path]) -> None:
-    """Refuse checkpoints that differ in configuration, parent, recipe or data.
+def soup_weights(names: Sequence[str], weights: Mapping[str, float]) -> dict[str, float]:
+    """Weight of each ingredient, uniform unless given.
 
-    Raises HeterogeneousSoup naming the first difference, ValueError for fewer than two.
+    Raises ValueError when `weights` are not those of exactly these ingredients.
+    """
+    if not weights:
+        return dict.fromkeys(names, 1.0)
+    if set(weights) != set(names):
+        raise ValueError(
+            f"post_training.soup.weights names {sorted(weights)}, the ingredients are "
+            f"{sorted(names)}: weigh all of them, or none for the plain mean"
+        )
+    return {name: float(weights[name]) for name in names}
+
+
+def check_homogeneous(ingredients: Mapping[str, Path]) -> None:
+    """Refuse checkpoints that differ in configuration, parent, recipe, data or tensors.
+
+    Raises HeterogeneousSoup naming every recipe field (or the first other fact) that differs,
+    ValueError for fewer than two.
     """
     if len(ingredients) < 2:
         raise ValueError(f"a soup needs at least two checkpoints, got {sorted(ingredients)}")
     records = {name: _record(path) for name, path in ingredients.items()}
     first, *others = records
     for other in others:
-        for key, value in records[first].items():
-            if records[other].get(key) != value:
+        for key in sorted(records[first].keys() | records[other].keys()):
+            fields = _differences(key, records[first].get(key), records[other].get(key))
+            if fields:
                 raise HeterogeneousSoup(
-                    f"{first} and {other} differ in {key}: average only checkpoints that were "
-                    "trained from the same parent by the same recipe on the same data"
+                    f"{first} and {other} differ in {key} ({'; '.join(fields[:5])}): average only "
+                    "checkpoints that were trained from the same parent by the same recipe on the "
+                    "same data"
+                )
+    headers = {name: _facts(read_headers(path)) for name, path in ingredients.items()}
+    for other in others:
+        for tensor in sorted(headers[first].keys() | headers[other].keys()):
+            mine, theirs = headers[first].get(tensor), headers[other].get(tensor)
+            if mine != theirs:
+                raise HeterogeneousSoup(
+                    f"tensor {tensor} is {mine or 'missing'} in {first} and {theirs or 'missing'} "
+                    f"in {other}: the networks have different shapes or types"
                 )
 
 
-def average_into(model: torch.nn.Module, checkpoints: list[Path]) -> None:
-    """Overwrite the model's parameters by the uniform fp32 mean, one checkpoint at a time."""
-    sums: dict[str, torch.Tensor] = {}
-    for path in checkpoints:
-        other, _ = load_model(path)
-        for name, parameter in other.named_parameters():
-            value = parameter.detach().float()
-            sums[name] = sums[name] + value if name in sums else value.clone()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(sums[name] / len(checkpoints))
+def _differences(path: str, mine: Any, theirs: Any) -> list[str]:
+    """The leaves that differ, as "path: mine, theirs"."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        return [
+            line
+            for key in sorted(mine.keys() | theirs.keys())
+            for line in _differences(f"{path}.{key}", mine.get(key), theirs.get(key))
+        ]
+    return [] if mine == theirs else [f"{path}: {mine}, {theirs}"]
+
+
+def _facts(headers: Mapping[str, StoredTensor]) -> dict[str, str]:
+    return {name: f"{list(t.shape)} {t.dtype}" for name, t in headers.items()}
+
+
+def average(
+    ingredients: Mapping[str, Path],
+    weights: Mapping[str, float],
+    target: Path,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, float]:
+    """Write the weighted mean of checkpoints of one shape to `target`.
+
+    Sums are made in float32 and stored in the ingredients' own type. Everything else (config,
+    tokenizer, processor) is the first ingredient's. At most `shard_bytes` of finished tensors and
+    three float32 tensors are held.
+
+    Returns:
+        Relative L2 distance of each ingredient from the average.
+    """
+    stored = {name: read_headers(path) for name, path in ingredients.items()}
+    first = next(iter(ingredients))
+    _copy_settings(ingredients[first], target)
+    squared = dict.fromkeys(ingredients, 0.0)
+    norm = 0.0
+    writer = _ShardWriter(target, shard_bytes)
+    for tensor, header in stored[first].items():
+        mean = _mean(tensor, stored, weights)
+        norm += float(mean.double().square().sum())
+        for name in ingredients:
+            squared[name] += float(
+                (read_tensor(stored[name], tensor).float() - mean).double().square().sum()
+            )
+        assert isinstance(header.dtype, torch.dtype)
+        writer.add(tensor, mean.to(header.dtype))
+    writer.close()
+    return {name: (value / norm) ** 0.5 for name, value in squared.items()}
+
+
+def _mean(
+    tensor: str, stored: Mapping[str, Mapping[str, StoredTensor]], weights: Mapping[str, float]
+) -> torch.Tensor:
+    total: torch.Tensor | None = None
+    for name, headers in stored.items():
+        value = read_tensor(headers, tensor).to(torch.float32, copy=True).mul_(weights[name])
+        total = value if total is None else total.add_(value)
+    assert total is not None
+    return total.div_(sum(weights.values()))
+
+
+def _copy_settings(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if (
+            file.is_file()
+            and file.suffix != ".safetensors"
+            and file.name not in (INDEX, RECORD_FILE)
+        ):
+            shutil.copyfile(file, target / file.name)
+
+
+class _ShardWriter:
+    """Numbered safetensors files, each written as soon as it is full."""
+
+    def __init__(self, directory: Path, shard_bytes: int) -> None:
+        self.directory, self.shard_bytes = directory, shard_bytes
+        self.pending: dict[str, torch.Tensor] = {}
+        self.filled = 0
+        self.shards: list[list[str]] = []
+        self.num_bytes = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self.pending and self.filled + size > self.shard_bytes:
+            self._flush()
+        self.pending[name] = tensor
+        self.filled += size
+
+    def _flush(self) -> None:
+        save_file(self.pending, self._part(len(self.shards)), metadata={"format": "pt"})
+        self.shards.append(list(self.pending))
+        self.num_bytes += self.filled
+        self.pending, self.filled = {}, 0
+
+    def close(self) -> None:
+        """Write what is left; name the files, and index them if there are several."""
+        self._flush()
+        count = len(self.shards)
+        if count == 1:
+            self._part(0).rename(self.directory / SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self.shards):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
+        (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _part(self, number: int) -> Path:
+        # How many there will be is known at the end only.
+        return self.directory / f"part-{number:05d}.safetensors"
 
 
 def write_record(directory: Path, record: Mapping[str, object]) -> None:
@@ -81,15 +216,3 @@ def _record(path: Path) -> dict[str, object]:
         )
     record: dict[str, object] = json.loads(record_path.read_text(encoding="utf-8"))
     return {"config": config, **record}
-
-
-def _distance(model: torch.nn.Module, path: Path) -> float:
-    """Relative L2 distance of an ingredient from the average."""
-    other, _ = load_model(path)
-    own = dict(model.named_parameters())
-    squared = sum(
-        float((own[name].detach() - p.detach()).float().pow(2).sum())
-        for name, p in other.named_parameters()
-    )
-    norm = sum(float(p.detach().float().pow(2).sum()) for p in own.values())
-    return float((squared / norm) ** 0.5)

@@ -84,8 +84,15 @@ class Pretraining(Section):
 class Soup(Section):
     """Average of homogeneous checkpoints (paper section 4.2.1)."""
 
-    method: Literal["uniform"] = "uniform"
-    """Plain mean of the weights, summed in float32. Paper section 4.2.1, by implication."""
+    weights: dict[str, float] = Field({})
+    """Relative weight of each ingredient (the stage's inputs, a and b); none for the plain mean.
+    Summed in float32. Paper section 4.2.1 implies the plain mean."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.weights and min(self.weights.values()) <= 0:
+            raise ValueError(f"weights {self.weights} must be positive: leave an ingredient out")
+        return self
 
 
 class PostTraining(Section):

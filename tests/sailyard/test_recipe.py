@@ -138,7 +138,7 @@ def test_later_overrides_win() -> None:
     [
         ("alignment.warmup.lrr=1", "alignment.warmup.lr"),
         ("warmup.lr=1", "alignment.warmup.lr"),
-        ("post_trainng.soup.method=uniform", "post_training.soup.method"),
+        ("post_trainng.soup.weights={}", "post_training.soup.weights"),
         ("curation.caption2.minscore=3", "curation.caption2.min_score"),
         ("sede=1", "seed"),
         ("model.language.moe.topk=1", "model.language.moe.top_k"),
