@@ -90,6 +90,22 @@ def packed_layout(lengths: torch.Tensor) -> SegmentLayout:
     return SegmentLayout(tuple(buckets), inverse, lone=lengths.new_empty(0))
 
 
+def varlen(lengths: torch.Tensor) -> dict[str, Any]:
+    """Where packed samples lie, as transformers' flash attention back ends take it.
+
+    Args:
+        lengths: [S] tokens of each sample, end to end in one row.
+    """
+    ends = F.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from model.adapter import Adapter
-from model.attention import BACKEND, segment_layout
+from model.attention import BACKEND, segment_layout, varlen
 from model.config import SailVLConfig
 from model.experts import choose_experts
 from model.masks import block_mask, block_positions, segments_of
@@ -102,8 +102,15 @@ def language_forward(
     extra: dict[str, Any] = {"output_router_logits": True} if wants_router else {}
     if use_cache and segments is not None and int(segments.max()) > 1:
         raise ValueError("a cache cannot hold packed rows; generate from one sample per row")
+    batch, length, width = inputs_embeds.shape
     if attention_mask is not None and segments is not None and not use_cache:
-        attention_mask = _for_backend(segments, attention_mask, config, inputs_embeds, extra)
+        if "flash" in config._attn_implementation:
+            extra |= varlen(_sample_lengths(segments))
+            inputs_embeds = inputs_embeds.reshape(1, batch * length, width)
+            assert position_ids is not None  # counted with the segments above
+            position_ids, attention_mask = position_ids.reshape(1, batch * length), None
+        else:
+            attention_mask = _for_backend(segments, attention_mask, config, inputs_embeds, extra)
     decoded = language_model.model(
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -113,7 +120,7 @@ def language_forward(
         **extra,
     )
     out = SailVLOutput(past_key_values=decoded.past_key_values if use_cache else None)
-    hidden_BTD = decoded.last_hidden_state
+    hidden_BTD = decoded.last_hidden_state.view(batch, length, width)
     if wants_router:
         out.router_logits = tuple(decoded.router_logits)
         real = None if segments is None else segments.reshape(-1) != 0
@@ -146,6 +153,14 @@ def language_forward(
     return out
 
 
+def _sample_lengths(segments_BT: torch.Tensor) -> torch.Tensor:
+    """[S] tokens of every sample and every stretch of padding, row after row."""
+    starts = torch.ones_like(segments_BT, dtype=torch.bool)
+    starts[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    first = starts.reshape(-1).nonzero()[:, 0]
+    return torch.diff(first, append=first.new_tensor([segments_BT.numel()]))
+
+
 def _for_backend(
     segments: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -169,7 +184,7 @@ def _for_backend(
         return torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill_(~mask, lowest)
     raise ValueError(
         f"attention backend {backend!r} takes no packed rows; load the model with "
-        f"attn_implementation='sdpa', 'eager' or '{BACKEND}'"
+        f"attn_implementation='sdpa', 'eager', 'flash_attention_2' or '{BACKEND}'"
     )
 
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from model.tiling import IMAGENET_MEAN, IMAGENET_STD
+from model.tiling import normalise
 
 # 1792 x 1792 pixels in 14-pixel patches: "a maximum input length of 16,384" (paper section 6.1).
 MAX_PATCHES = 16_384
@@ -74,9 +74,7 @@ def to_patches(
     resized = image.convert("RGB")
     if resized.size != size:
         resized = resized.resize(size, Image.Resampling.BICUBIC)
-    scale = 1.0 / (255.0 * IMAGENET_STD)
-    pixels = np.asarray(resized, dtype=np.float32) * scale - IMAGENET_MEAN / IMAGENET_STD
-    cells = pixels.reshape(
+    cells = np.asarray(resized).reshape(
         rows // downsample,
         downsample,
         patch_size,
@@ -86,9 +84,8 @@ def to_patches(
         3,
     )
     # cell row, cell column, row in cell, column in cell, channel, y, x
-    patches = cells.transpose(0, 3, 1, 4, 6, 2, 5)
-    flat = patches.reshape(rows * columns, 3 * patch_size * patch_size)
-    return np.ascontiguousarray(flat, dtype=np.float32), (rows, columns)
+    patches = normalise(cells.transpose(0, 3, 1, 4, 6, 2, 5), channel_axis=4)
+    return patches.reshape(rows * columns, 3 * patch_size * patch_size), (rows, columns)
 
 
 def cell_order(rows: int, columns: int, downsample: int = 2) -> np.ndarray:

@@ -6,7 +6,6 @@ H heads, d head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers.models.aimv2.modeling_aimv2 import (
 )
 from transformers.models.llama.modeling_llama import rotate_half
 
-from model.attention import SegmentLayout, attend, packed_layout
+from model.attention import SegmentLayout, attend, packed_layout, varlen
 from model.config import SailViTConfig
 from model.patches import cell_order
 
@@ -29,27 +28,6 @@ _UNPACKED = ("sdpa", "eager")
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, each [P, d]
 
 
-@dataclass(frozen=True)
-class PackedImages:
-    """Where the images of one packed call lie.
-
-    Attributes:
-        layout: the images grouped by number of patches.
-        cu_seqlens: [N + 1] int32, where each image starts and the last one ends.
-        longest: patches of the largest image.
-    """
-
-    layout: SegmentLayout
-    cu_seqlens: torch.Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, lengths: torch.Tensor) -> PackedImages:
-        """From the number of patches of each image, [N] int64."""
-        ends = F.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
-        return cls(packed_layout(lengths), ends, int(lengths.max()))
-
-
 class SailViTAttention(Aimv2Attention):
     """AIMv2's attention, which also takes packed images and turns queries and keys by place."""
 
@@ -57,11 +35,18 @@ class SailViTAttention(Aimv2Attention):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        images: PackedImages | None = None,
+        lengths: torch.Tensor | None = None,
+        layout: SegmentLayout | None = None,
         rotation: Rotation | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """[N, P, D] tiles, or [1, P, D] with `images`; every image sees itself alone."""
+        """[N, P, D] tiles, or [1, P, D] images end to end; every image sees itself alone.
+
+        Args:
+            lengths: [N] patches of each image of the one row.
+            layout: the same for back ends that know nothing of packed rows.
+            rotation: of queries and keys.
+        """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in projections)
@@ -69,12 +54,12 @@ class SailViTAttention(Aimv2Attention):
             query, key = _rotate(query, *rotation), _rotate(key, *rotation)
         backend = self.config._attn_implementation
         dropout = self.dropout if self.training else 0.0
-        if images is not None and backend in _UNPACKED:
+        if layout is not None:
             out = attend(
                 query,
                 key,
                 value,
-                images.layout,
+                layout,
                 causal=False,
                 scaling=self.scale,
                 dropout=dropout,
@@ -90,7 +75,7 @@ class SailViTAttention(Aimv2Attention):
                 is_causal=False,
                 scaling=self.scale,
                 dropout=dropout,
-                **_varlen(images),
+                **({} if lengths is None else varlen(lengths)),
             )
         return self.out_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
 
@@ -166,9 +151,10 @@ class SailViT(Aimv2VisionModel):
         conv = embeddings.patch_embed
         hidden = F.linear(patches, conv.weight.flatten(1), conv.bias)
         hidden = embeddings.rms_norm(hidden) + self.positions(sizes, downsample).to(hidden.dtype)
-        images = PackedImages.of(grids.to(patches.device).prod(dim=1))
+        lengths = grids.to(patches.device).prod(dim=1)
+        layout = packed_layout(lengths) if self.config._attn_implementation in _UNPACKED else None
         rotation = self._rotation(sizes, downsample)
-        return self._blocks(hidden[None], images=images, rotation=rotation)[0]
+        return self._blocks(hidden[None], lengths=lengths, layout=layout, rotation=rotation)[0]
 
     def _blocks(self, hidden: torch.Tensor, **places: Any) -> torch.Tensor:
         for layer in self.encoder.layers:
@@ -216,19 +202,6 @@ class SailViT(Aimv2VisionModel):
 
 def _rotate(x_NHPd: torch.Tensor, cos_Pd: torch.Tensor, sin_Pd: torch.Tensor) -> torch.Tensor:
     return x_NHPd * cos_Pd + rotate_half(x_NHPd) * sin_Pd
-
-
-def _varlen(images: PackedImages | None) -> dict[str, Any]:
-    """What transformers' flash attention back ends take for packed rows."""
-    if images is None:
-        return {}
-    ends, longest = images.cu_seqlens, images.longest
-    return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
 
 
 def _order(rows: int, columns: int, downsample: int, device: torch.device) -> torch.Tensor:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from transformers import AttentionInterface
 
 from model.batching import image_inputs
 from model.config import SailViTConfig
@@ -17,7 +13,7 @@ from model.patches import MAX_PATCHES, cell_order, native_grid, to_patches
 from model.processor import SailVLProcessor
 from model.tiling import to_pixels
 from model.vision import SailViT
-from tests.model.tiny import SIZE, image, network, tokenizer, vision_config
+from tests.model.tiny import FLASH, SIZE, image, network, tokenizer, vision_config
 
 SIZES = [(SIZE, SIZE), (28, 28), (140, 57), (33, 200), (SIZE, SIZE)]  # width, height
 
@@ -119,23 +115,9 @@ def test_no_gradient_crosses_images():
 
 
 def test_a_back_end_for_packed_rows_gets_the_places_of_the_images():
-    """The keywords are those of transformers' flash attention, which needs a GPU."""
-
-    def varlen(module, query, key, value, mask, *, cu_seq_lens_q, cu_seq_lens_k, **kwargs):
-        assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
-        assert kwargs["max_length_q"] == kwargs["max_length_k"] == int(cu_seq_lens_q.diff().max())
-        out = [
-            F.scaled_dot_product_attention(
-                query[..., a:b, :], key[..., a:b, :], value[..., a:b, :], scale=kwargs["scaling"]
-            )
-            for a, b in pairwise(cu_seq_lens_q.tolist())
-        ]
-        return torch.cat(out, dim=2).transpose(1, 2), None
-
-    AttentionInterface.register("test_varlen", varlen)
     patches, grids = patches_of([image(number, *size) for number, size in enumerate(SIZES)])
     vision, other = tower(), tower()
-    other.config._attn_implementation = "test_varlen"
+    other.config._attn_implementation = FLASH
     with torch.inference_mode():
         torch.testing.assert_close(
             vision.encode_packed(patches, grids), other.encode_packed(patches, grids)

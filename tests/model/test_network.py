@@ -11,7 +11,15 @@ from model.adapter import Adapter, merge_patches
 from model.config import SailVLConfig
 from model.masks import block_mask, block_positions, segments_of
 from model.modeling import freeze_except, part_digests
-from tests.model.tiny import language_config, network, pack, processor, samples, vision_config
+from tests.model.tiny import (
+    FLASH,
+    language_config,
+    network,
+    pack,
+    processor,
+    samples,
+    vision_config,
+)
 
 
 @pytest.mark.parametrize("downsample", [2, 4])
@@ -40,11 +48,12 @@ def test_adapter_is_the_released_sequential():
     assert adapter[2].approximate == "none"
 
 
-@pytest.mark.parametrize("backend", ["sailyard_segments", "sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["sailyard_segments", "sdpa", "eager", FLASH])
 @pytest.mark.parametrize("moe", [False, True])
 def test_packed_rows_equal_samples_alone(backend, moe):
     model = network(moe)
-    model.language_model.set_attn_implementation(backend)
+    reference = network(moe)
+    model.language_model.config._attn_implementation = backend
     encoded = samples()
     ids, segments, _, tiles = pack(encoded, sum(len(e.input_ids) for e in encoded) + 9)
     with torch.no_grad():
@@ -53,7 +62,7 @@ def test_packed_rows_equal_samples_alone(backend, moe):
             start = 0
             for item in encoded:
                 pixels = torch.from_numpy(item.pixel_values) if len(item.pixel_values) else None
-                alone = model(torch.from_numpy(item.input_ids)[None], pixels).logits
+                alone = reference(torch.from_numpy(item.input_ids)[None], pixels).logits
                 end = start + len(item.input_ids)
                 torch.testing.assert_close(packed[0, start:end], alone[0], atol=1e-4, rtol=0)
                 start = end

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AttentionInterface,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from model.checkpoint import build_model
 from model.config import SailViTConfig
@@ -15,6 +24,7 @@ from model.modeling import SailVLForConditionalGeneration
 from model.processor import Encoded, SailVLProcessor
 from model.tokenizer import train_tokenizer
 
+FLASH = "reference_flash"  # stands in for flash attention, which needs a GPU
 SIZE = 56  # 4 x 4 patches, 4 tokens a tile
 VOCAB = 400
 
@@ -115,3 +125,29 @@ def pack(
         start = span.stop
     tiles = [item.pixel_values for item in encoded if len(item.pixel_values)]
     return ids, segments, labels, torch.from_numpy(np.concatenate(tiles)) if tiles else None
+
+
+def reference_flash(module, query, key, value, mask, *, scaling, is_causal=None, **places):
+    """Attention sample by sample, by the keywords that flash attention takes for packed rows."""
+    ends = places["cu_seq_lens_q"]
+    assert mask is None
+    assert torch.equal(ends, places["cu_seq_lens_k"])
+    assert places["max_length_q"] == places["max_length_k"] == int(ends.diff().max())
+    causal = module.is_causal if is_causal is None else is_causal
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    out = [
+        F.scaled_dot_product_attention(
+            query[..., a:b, :],
+            key[..., a:b, :],
+            value[..., a:b, :],
+            is_causal=causal,
+            scale=scaling,
+        )
+        for a, b in pairwise(ends.tolist())
+    ]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(FLASH, reference_flash)
+AttentionMaskInterface.register(FLASH, flash_attention_mask)
