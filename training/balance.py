@@ -138,10 +138,10 @@ def _plan(
 ) -> list[list[int]]:
     pool = _Pool(pool.length, pool.vision, pool.total, np.ones_like(pool.free))
     rows: list[list[int]] = []
-    forced = list(overdue)
+    forced: list[int] = overdue.tolist()
     for _ in range(num_rows):
         forced = [i for i in forced if pool.free[i]]
-        seed = int(forced[0]) if forced else _dearest(pool, level)
+        seed = forced[0] if forced else _dearest(pool, level)
         rows.append(_fill(pool, seed, level, seq_len) if seed >= 0 else [])
     return rows
 

@@ -80,5 +80,10 @@ def test_a_cut_keeps_images_whole_and_something_to_learn() -> None:
     assert kept.input_ids.tolist() == [1, image, image, 2, 3]
     assert kept.loss_mask.sum() == 1
     assert len(kept.pixel_values) == 1
-    assert truncated(whole, 2, image) is None  # through the image
+    early = Encoded(
+        np.array([1, 2, image, image, 3]), np.array([0, 1, 0, 0, 1], bool), kept.pixel_values
+    )
+    assert truncated(early, 2, image) is None  # before the image
+    assert truncated(early, 3, image) is None  # through it
+    assert truncated(early, 4, image) is not None
     assert truncated(whole, 4, image) is None  # no answer left
