@@ -1,9 +1,9 @@
-"""A recorded mix of sample lengths, for packing and balance: what a multi-task batch looks like.
+"""Synthetic mixes of sample lengths, for packing and balance: what a batch may look like.
 
-No public file gives the lengths of SAIL-VL2's training samples, so the mix is built from what is
-known and says where each number comes from:
+No public file gives the lengths of SAIL-VL2's training samples, so nothing here was recorded from
+real data. The mixes are built from what is known:
 
-- Shares follow paper section 3.2.1: half visual understanding (captions, OCR pages, charts), half
+- Shares of the multi-task mix follow paper section 3.2.1: half visual understanding (captions, OCR pages, charts), half
   instruction (open VQA, questions made from captions, text), with the video share of our choice.
 - Image sizes are those of the kinds of source the paper names: 640 x 480 photographs (COCO, the
   images of most VQA sets), web pictures around 700 pixels, letter pages scanned at 200 dots per
@@ -70,7 +70,8 @@ INSTRUCTION = (
     Kind("text in pictures", 0.089, 700, 600, 0.35, 130, 0.6),
     Kind("language", 0.143, 0, 0, 0.0, 650, 0.7, num_images=0),
 )
-"""Instruction tuning, rows of 8,192."""
+"""Instruction tuning, rows of 8,192. The shares, too, are our assumption: picked to look like the
+categories of public instruction sets, with no source that was checked."""
 
 LONGCOT = (
     Kind("long chains of thought", 0.7, 640, 480, 0.25, 1800, 0.8),
