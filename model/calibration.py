@@ -57,7 +57,7 @@ def measure_multimodal(
     Args:
         model: with experts; put into eval mode.
         batches: packed rows: `input_ids`, `labels`, `position_ids` and `segment_ids` [B, T],
-            `pixel_values` [tiles, 3, S, S] or None.
+            `pixel_values` and `image_grids` as the model's `embed` takes them.
 
     Returns:
         Loss over the labelled tokens; health over all tokens, visual ones and text around them.
@@ -75,6 +75,7 @@ def measure_multimodal(
         out = model(
             input_ids=batch["input_ids"],
             pixel_values=batch["pixel_values"],
+            image_grids=batch["image_grids"],
             position_ids=batch["position_ids"],
             attention_mask=segment_ids,
             labels=batch["labels"],

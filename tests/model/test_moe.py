@@ -186,6 +186,7 @@ def pictures() -> dict[str, torch.Tensor | None]:
         "segment_ids": segments,
         "labels": labels,
         "pixel_values": tiles,
+        "image_grids": None,
         "position_ids": None,
     }
 
