@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,14 +51,14 @@ class CalibrationMeasure:
 
 @torch.no_grad()
 def measure_multimodal(
-    model: SailVLForConditionalGeneration, batches: Iterable[Mapping[str, torch.Tensor | None]]
+    model: SailVLForConditionalGeneration, batches: Iterable[Mapping[str, Any]]
 ) -> CalibrationMeasure:
     """Token loss and router health on samples with pictures, which calibration never sees.
 
     Args:
         model: with experts; put into eval mode.
-        batches: packed rows: `input_ids`, `labels`, `position_ids` and `segment_ids` [B, T],
-            `pixel_values` and `image_grids` as the model's `embed` takes them.
+        batches: packed rows: `input_ids`, `labels`, `position_ids`, `segment_ids` [B, T],
+            and `images`, what `embed` takes of them (`ImageInputs`).
 
     Returns:
         Loss over the labelled tokens; health over all tokens, visual ones and text around them.
@@ -71,11 +72,9 @@ def measure_multimodal(
     total, num_labels = 0.0, 0
     for batch in batches:
         segment_ids = batch["segment_ids"]
-        assert segment_ids is not None
         out = model(
             input_ids=batch["input_ids"],
-            pixel_values=batch["pixel_values"],
-            image_grids=batch["image_grids"],
+            **batch["images"],
             position_ids=batch["position_ids"],
             attention_mask=segment_ids,
             labels=batch["labels"],

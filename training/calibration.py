@@ -15,7 +15,7 @@ from model.checkpoint import load_language, load_model, save_language
 from model.processor import SailVLProcessor
 from sailyard.stage import StageContext, StopRequested
 from training.checkpointing import load_state, save_state
-from training.packing import collate_rows
+from training.packing import PackedBatch, collate_rows
 from training.stream import PackedStream, open_sources
 from training.supervised import encoder
 
@@ -87,7 +87,7 @@ def _tensors(stream: PackedStream) -> tuple[torch.Tensor, torch.Tensor]:
     return batch["input_ids"], batch["segment_ids"]
 
 
-def _pictures(ctx: StageContext, recipe: Any, processor: SailVLProcessor) -> list[dict[str, Any]]:
+def _pictures(ctx: StageContext, recipe: Any, processor: SailVLProcessor) -> list[PackedBatch]:
     stream = PackedStream(
         open_sources({"multimodal": ctx.input("multimodal")}),
         encoder(processor),
@@ -97,7 +97,7 @@ def _pictures(ctx: StageContext, recipe: Any, processor: SailVLProcessor) -> lis
         seed=ctx.seed,
     )
     batches = (stream.next_batch() for _ in range(NUM_MEASURED))
-    return [dict(collate_rows(batch.rows, stream.seq_len)) for batch in batches]
+    return [collate_rows(batch.rows, stream.seq_len) for batch in batches]
 
 
 def _figures(measure: CalibrationMeasure) -> dict[str, float]:

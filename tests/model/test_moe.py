@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+from typing import Any
 
 import pytest
 import torch
@@ -178,15 +179,14 @@ def test_health_of_known_routing():
         RouterMeter(2).health()
 
 
-def pictures() -> dict[str, torch.Tensor | None]:
+def pictures() -> dict[str, Any]:
     """A packed row: text, one tile, several tiles, a video, padding."""
     ids, segments, labels, tiles = pack(samples(), 160)
     return {
         "input_ids": ids,
         "segment_ids": segments,
         "labels": labels,
-        "pixel_values": tiles,
-        "image_grids": None,
+        "images": {"pixel_values": tiles},
         "position_ids": None,
     }
 
@@ -197,7 +197,7 @@ def test_pictures_are_measured_as_the_model_sees_them():
     found = measure_multimodal(model, [batch, batch])
     once = model(
         batch["input_ids"],
-        batch["pixel_values"],
+        **batch["images"],
         attention_mask=batch["segment_ids"],
         labels=batch["labels"],
     )
