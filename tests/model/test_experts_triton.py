@@ -103,3 +103,57 @@ def test_without_gradients_the_output_is_the_same():
     wanted = case.run(BACKEND)["output"]
     with torch.no_grad():
         assert torch.equal(case.experts(case.tokens, case.index, case.weights), wanted)
+
+
+def _compile(name: str, constants: dict[str, int | bool | str]) -> list[tuple[int, str]]:
+    """Shared memory in bytes and PTX of every tiling, for an H100, without one."""
+    triton = pytest.importorskip("triton")
+    from model import experts_kernels
+
+    kernel = getattr(experts_kernels, name)
+    names = kernel.fn.arg_names
+    types = {"slot_ptr": "*i32", "offsets_ptr": "*i32", "num_slots": "i32", "rows_class": "i32"}
+    types |= {"scale_ptr": "*fp32", "grad_weight_ptr": "*fp32"}
+    found = []
+    for config in kernel.configs:
+        fixed = {k: v for k, v in (constants | config.kwargs).items() if k in names}
+        source = triton.compiler.ASTSource(
+            kernel.fn,
+            {n: "constexpr" if n in fixed else types.get(n, "*bf16") for n in names},
+            {(names.index(k),): v for k, v in fixed.items()},
+            {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")},
+        )
+        compiled = triton.compile(
+            source,
+            target=triton.backends.compiler.GPUTarget("cuda", 90, 32),
+            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        )
+        found.append((compiled.metadata.shared, compiled.asm["ptx"]))
+    return found
+
+
+A3B = {"TOP_K": 8, "EXPERTS": 128, "PADDED": 128, "WIDTH": 2048, "INNER": 768, "PRECISION": "ieee"}
+
+
+@installed
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("up_kernel", {"KEEP": True}),
+        ("rows_kernel", {"DEPTH": 768, "STRIDE_K": 1, "STRIDE_N": 768, "SCALE": True}),
+        ("rows_kernel", {"DEPTH": 1536, "STRIDE_K": 2048, "STRIDE_N": 1, "SCALE": False}),
+        ("grad_inner_kernel", {}),
+        (
+            "grad_weight_kernel",
+            {"LEFT": 1536, "RIGHT": 2048, "LEFT_BY_TOKEN": False, "RIGHT_BY_TOKEN": True},
+        ),
+    ],
+)
+def test_every_tiling_compiles_for_an_h100_at_a3b_shapes(name, more):
+    tilings = _compile(name, A3B | more)
+    assert all(shared <= 227 * 1024 for shared, _ in tilings)
+    # Tiles of 64 rows and more reach Hopper's own matrix instruction; loads run ahead of it.
+    assert all("cp.async" in ptx for _, ptx in tilings)
+    assert "wgmma" in tilings[-1][1]
