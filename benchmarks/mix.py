@@ -3,7 +3,8 @@
 No public file gives the lengths of SAIL-VL2's training samples, so nothing here was recorded from
 real data. The mixes are built from what is known:
 
-- Shares of the multi-task mix follow paper section 3.2.1: half visual understanding (captions, OCR pages, charts), half
+- Shares of the multi-task mix follow paper section 3.2.1: half visual understanding (captions, OCR
+  pages, charts), half
   instruction (open VQA, questions made from captions, text), with the video share of our choice.
 - Image sizes are those of the kinds of source the paper names: 640 x 480 photographs (COCO, the
   images of most VQA sets), web pictures around 700 pixels, letter pages scanned at 200 dots per
