@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -45,6 +45,9 @@ class Settings(BaseSettings):
 
     database_url: str = ""
     """SQLAlchemy URL of the lineage database; empty: sqlite in <home>/lineage.db."""
+
+    ranks: int = Field(1, ge=1, le=64)
+    """Processes on this machine that share a training stage: as many as it has GPUs."""
 
     @field_validator("home")
     @classmethod
@@ -89,6 +92,7 @@ class Settings(BaseSettings):
             "SAILYARD_S3_SECURE": "true" if self.s3_secure else "false",
             "SAILYARD_S3_REGION": self.s3_region,
             "SAILYARD_DATABASE_URL": self.database_url,
+            "SAILYARD_RANKS": str(self.ranks),
         }
 
 

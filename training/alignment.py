@@ -38,7 +38,7 @@ def run(ctx: StageContext) -> None:
     before = measure(ctx, model, processor)
     run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.input("mix")})
     summary = run.run()
-    after = measure(ctx, model, processor)
+    after = measure(ctx, run.model, processor)
     ctx.summary(
         **summary,
         **{f"{name}_before": before[HEADLINE][name] for name in DISTANCES},
@@ -46,7 +46,7 @@ def run(ctx: StageContext) -> None:
         distances_before=before,
         distances_after=after,
     )
-    save_model(ctx.output("checkpoint"), model, processor)
+    save_model(ctx.output("checkpoint"), run.model, processor)
 
 
 def measure(ctx: StageContext, model: Any, processor: Any) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def run_language(ctx: StageContext) -> None:
     recipe = ctx.section("bootstrap.language")
     run = SupervisedRun(ctx, model, processor, recipe, {"text": text})
     ctx.summary(**run.run(), vocab_size=len(tokenizer))
-    save_language(ctx.output("language"), model.language_model, tokenizer)
+    save_language(ctx.output("language"), run.model.language_model, tokenizer)
 
 
 def run_vision(ctx: StageContext) -> None:
@@ -90,7 +90,7 @@ def run_vision(ctx: StageContext) -> None:
     pictures = {"reference": reference}
     adapter = arm("adapter", ctx.section("bootstrap.adapter"), pictures, first_step)
     if "adapter" not in before:
-        before["adapter"] = essentials(adapter.run())
+        before["adapter"] = essentials(adapter.run(final=False))
     everything = arm(
         "main",
         ctx.section("bootstrap.vision"),

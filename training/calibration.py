@@ -6,6 +6,7 @@ and after, on text that was held out and on samples with pictures, which calibra
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ import torch
 from model.calibration import CalibrationMeasure, ExpertCalibrator, measure_multimodal
 from model.checkpoint import load_language, load_model, save_language
 from model.processor import SailVLProcessor
-from sailyard.stage import StageContext, StopRequested
-from training.checkpointing import load_state, save_state
+from sailyard.stage import StageContext
+from training.learner import Learner
+from training.loop import TrainingLoop
 from training.packing import PackedBatch, collate_rows
 from training.stream import PackedStream, open_sources
 from training.supervised import encoder
+from training.world import join_world
 
 NUM_MEASURED = 4  # held-out batches
 
@@ -43,23 +46,25 @@ def run(ctx: StageContext) -> None:
     whole.language_model = language
     pictures = _pictures(ctx, recipe, whole_processor)
     before, before_pictures = calibrator.measure(heldout), measure_multimodal(whole, pictures)
-    for step in range(_resume(ctx, language, calibrator, stream), recipe.steps):
+    world = join_world()
+    loop = TrainingLoop(
+        ctx,
+        Learner(language, calibrator.optimizer, world, clip_norm=math.inf),
+        world,
+        total_steps=recipe.steps,
+        checkpoint_every=max(recipe.steps // 4, 1),
+    )
+    resumed = loop.resume()
+    if resumed is not None:
+        stream.load(resumed[0]["stream"])
+
+    def one_step(step: int) -> None:
         result = calibrator.step(*_tensors(stream))
-        ctx.metric(
-            step,
-            token_loss=result.token_loss,
-            balance=result.balance,
-            entropy=result.health.summary()["router_entropy"],
-        )
-        ctx.progress(
-            step + 1, recipe.steps, f"entropy {result.health.summary()['router_entropy']:.3f}"
-        )
-        if ctx.stop_requested or (step + 1) % max(recipe.steps // 4, 1) == 0:
-            directory = ctx.scratch() / f"step-{step + 1}"
-            save_state(directory, language, calibrator.optimizer, {"stream": stream.state()})
-            ctx.checkpoints.save(step + 1, directory)
-        if ctx.stop_requested:
-            raise StopRequested(f"saved at step {step + 1} of {recipe.steps}")
+        entropy = result.health.summary()["router_entropy"]
+        ctx.metric(step, token_loss=result.token_loss, balance=result.balance, entropy=entropy)
+        ctx.progress(step + 1, recipe.steps, f"entropy {entropy:.3f}")
+
+    loop.run(one_step, lambda: {"stream": stream.state()})
     after, after_pictures = calibrator.measure(heldout), measure_multimodal(whole, pictures)
     ctx.summary(
         before=_figures(before),
@@ -69,17 +74,6 @@ def run(ctx: StageContext) -> None:
         steps=recipe.steps,
     )
     save_language(ctx.output("language"), language, tokenizer)
-
-
-def _resume(
-    ctx: StageContext, language: Any, calibrator: ExpertCalibrator, stream: PackedStream
-) -> int:
-    latest = ctx.checkpoints.resume_point
-    if latest is None:
-        return 0
-    step, directory = latest
-    stream.load(load_state(directory, language, calibrator.optimizer)["stream"])
-    return step
 
 
 def _tensors(stream: PackedStream) -> tuple[torch.Tensor, torch.Tensor]:

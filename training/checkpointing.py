@@ -1,130 +1,91 @@
-"""Training state on disk: safetensors for tensors, JSON for everything else, never pickle."""
+"""Training state in files: safetensors for tensors, JSON for everything else, never pickle.
+
+Every rank writes the tensors that it owns, under the model's own names, so that a run goes on with
+any number of ranks and under any way of sharing.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sailyard.stage import Rank
 
 STATE_FILE = "state.json"
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
+SHARDS = "tensors-*.safetensors"
 
 
-def save_state(
-    directory: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    scalars: dict[str, Any],
+def shard_file(rank: Rank) -> str:
+    """Name of a rank's tensors."""
+    return f"tensors-{rank.number:05d}-of-{rank.size:05d}.safetensors"
+
+
+def write_state(
+    directory: Path, rank: Rank, tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """Write model, optimizer and JSON-able `scalars` (step, stream position, ...) to `directory`.
-
-    Every parameter and buffer is stored once under its own name, tied ones under the first.
-    """
+    """Write one rank's tensors, and on rank 0 the JSON-able rest, to `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(_unique_tensors(model), str(directory / MODEL_FILE))
-    if optimizer is not None:
-        save_file(_optimizer_tensors(optimizer), str(directory / OPTIMIZER_FILE))
-        scalars = {**scalars, "_groups": _group_settings(optimizer)}
-    (directory / STATE_FILE).write_text(json.dumps(scalars), encoding="utf-8")
+    save_file(dict(tensors), str(directory / shard_file(rank)))
+    if rank.number == 0:
+        (directory / STATE_FILE).write_text(json.dumps(scalars), encoding="utf-8")
 
 
-def load_state(
-    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None
-) -> dict[str, Any]:
-    """Restore what `save_state` wrote, in place; returns the scalars.
-
-    Raises ValueError naming the first tensor that the model or the file lacks.
-    """
-    stored = load_file(str(directory / MODEL_FILE))
-    current = _unique_tensors(model)
-    for name in sorted(stored.keys() ^ current.keys()):
-        where = "the checkpoint" if name in current else "the model"
-        raise ValueError(f"{directory}: tensor {name!r} is missing from {where}")
-    with torch.no_grad():
-        for name, tensor in current.items():
-            if tensor.shape != stored[name].shape:
-                raise ValueError(
-                    f"{directory}: tensor {name!r} has shape {tuple(stored[name].shape)}, "
-                    f"the model expects {tuple(tensor.shape)}"
-                )
-            tensor.copy_(stored[name])
+def read_scalars(directory: Path) -> dict[str, Any]:
+    """The JSON-able part of a checkpoint."""
     scalars: dict[str, Any] = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-    groups = scalars.pop("_groups", None)
-    if optimizer is not None:
-        _load_optimizer(optimizer, load_file(str(directory / OPTIMIZER_FILE)), groups)
     return scalars
 
 
-def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An in-memory copy of model and optimizer tensors, for AdaLRS backtracking."""
-    tensors = {f"model/{k}": v.detach().clone() for k, v in _unique_tensors(model).items()}
-    tensors |= {f"optimizer/{k}": v.clone() for k, v in _optimizer_tensors(optimizer).items()}
-    return tensors
-
-
-def restore(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, copy: dict[str, torch.Tensor]
-) -> None:
-    """Bring model and optimizer back to a `snapshot`."""
-    with torch.no_grad():
-        for name, tensor in _unique_tensors(model).items():
-            tensor.copy_(copy[f"model/{name}"])
-    prefix = "optimizer/"
-    state = {k.removeprefix(prefix): v for k, v in copy.items() if k.startswith(prefix)}
-    _load_optimizer(optimizer, state, None)
-
-
-def _unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    seen: set[int] = set()
+def read_tensors(directory: Path, rank: Rank) -> dict[str, torch.Tensor]:
+    """The shards that fall to this rank, of however many ranks have written; together all ranks
+    read every shard once."""
+    shards = sorted(directory.glob(SHARDS))[rank.number :: rank.size]
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        tensors[name] = tensor.detach()
+    for shard in shards:
+        with safe_open(str(shard), framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return tensors
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    index = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{index}.{key}"] = value.detach() if value.dim() else value.reshape(1)
-            index += 1
-    return tensors
+class BackgroundSaver:
+    """Saves one state at a time while training goes on."""
 
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
-    groups: list[dict[str, Any]] | None,
-) -> None:
-    by_index: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        number, key = name.split(".", 1)
-        by_index.setdefault(int(number), {})[key] = tensor
-    optimizer.state.clear()
-    index = 0
-    for position, group in enumerate(optimizer.param_groups):
-        if groups is not None:
-            group.update(groups[position])
-        for parameter in group["params"]:
-            if index in by_index:
-                optimizer.state[parameter] = {
-                    key: value.reshape(()).clone() if key == "step" else value.clone()
-                    for key, value in by_index[index].items()
-                }
-            index += 1
+    def start(self, directory: Path, save: Callable[[], None]) -> None:
+        """Run `save` beside the training, and remove `directory` after it.
 
+        Waits for the save before, and raises what it raised.
+        """
+        self.wait()
 
-def _group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [
-        {"lr": group["lr"], "weight_decay": group["weight_decay"], "name": group.get("name", "")}
-        for group in optimizer.param_groups
-    ]
+        def work() -> None:
+            try:
+                save()
+            except BaseException as error:  # handed to whoever waits
+                self._error = error
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
+
+        # Not a daemon: a process that ends must not tear a save that nothing else would repeat.
+        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is under way; raises what the last save raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

@@ -1,4 +1,4 @@
-"""One optimizer step over packed rows, the same whatever the micro-batch."""
+"""One optimizer step over packed rows, the same whatever the micro-batch and number of ranks."""
 
 from __future__ import annotations
 
@@ -6,46 +6,63 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.processor import Encoded
 from sailyard.recipe import TrainRecipe
+from training.learner import Learner
 from training.muon import Muon
-from training.packing import collate_rows, shares_of_turns
+from training.packing import collate_rows, on_device, shares_of_turns
+from training.world import World, join_world
 
 # A token weighs (1 / length of its answer) to this power.
 POWERS = {"token": 0.0, "sample": 0.0, "square": 0.5, "turn": 1.0}
 
 
-class NonFiniteLoss(FloatingPointError):
-    """The loss or gradient of a step is not a number; the message names the step's samples."""
-
-
 @dataclass(slots=True)
 class StepResult:
-    """What one optimizer step measured."""
+    """What one optimizer step measured, over all ranks.
+
+    A loss or gradient norm that is not finite means that the weights were left alone.
+    """
 
     loss: float  # mean cross-entropy per labelled token, nats
     aux_loss: float  # MoE balance loss, 0 for dense models
     source_loss: dict[int, float]  # mean loss per stream source
     grad_norm: float  # before clipping
+    part_norms: dict[str, float]  # of each part's gradient; empty where ranks hold slices of it
     num_labels: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the weights were updated."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Engine:
     """Owns which parts learn, the optimizer, precision and the step.
 
     Parts outside `recipe.trainable` get `requires_grad=False` and no optimizer state, so they
-    stay bit-identical. Raises ValueError when nothing is trainable.
+    stay bit-identical. The step is the same for any number of ranks and way of sharing
+    (`recipe.parallel`). Raises ValueError when nothing is trainable.
     """
 
-    def __init__(self, model: SailVLForConditionalGeneration, recipe: TrainRecipe) -> None:
-        self.model, self.recipe = model, recipe
+    def __init__(
+        self,
+        model: SailVLForConditionalGeneration,
+        recipe: TrainRecipe,
+        world: World | None = None,
+    ) -> None:
+        self.world = world or join_world()
+        self.model, self.recipe = model.to(self.world.device), recipe
         freeze_except(model, recipe.trainable)
+        if recipe.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
-        self.optimizer = kind(self._groups(), lr=recipe.lr, betas=recipe.betas, fused=True)
-        self.autocast = recipe.dtype == "bfloat16"
+        optimizer = kind(self._groups(), lr=recipe.lr, betas=recipe.betas, fused=True)
+        self.learner = make_learner(model, optimizer, recipe, self.world)
 
     def _groups(self) -> list[dict[str, object]]:
         """Per part: hidden matrices, embeddings (both with weight decay), vectors (without).
@@ -83,38 +100,53 @@ class Engine:
         return groups
 
     def step(
-        self, rows: Sequence[Sequence[Encoded]], sources: Sequence[Sequence[int]], lr: float
+        self,
+        rows: Sequence[Sequence[Encoded]],
+        sources: Sequence[Sequence[int]],
+        lr: float,
+        num_sources: int = 1,
     ) -> StepResult:
-        """Forward, backward and update over a global batch of packed rows.
+        """Forward, backward and update over this rank's packed rows of a global batch.
 
         The loss is normalised by the labelled tokens (or answers, or samples) of the whole batch,
-        so the gradient does not depend on how rows are split into micro-batches.
-        Raises NonFiniteLoss before the weights are touched.
+        so the gradient does not depend on how rows are split into micro-batches and ranks.
+
+        Args:
+            rows: As many on every rank.
+            sources: The stream source of each sample, below `num_sources`.
+            lr: Of this step.
         """
         self.model.train()
-        num_labels = sum(int(e.loss_mask[1:].sum()) for row in rows for e in row)
-        denominator = self._denominator(rows)
-        totals: dict[int, list[float]] = {}
-        aux_total = 0.0
+        labels = sum(int(e.loss_mask[1:].sum()) for row in rows for e in row)
+        num_labels, denominator = self.world.sum([labels, self._denominator(rows)])
+        # Per source the sum of losses and their number, then the balance loss.
+        totals = np.zeros(2 * num_sources + 1)
         num_micro = math.ceil(len(rows) / self.recipe.micro_batch_size)
-        for micro_rows, micro_sources in self._micro_batches(rows, sources):
-            losses, weights, source_of_label, aux_loss = self._forward(micro_rows, micro_sources)
+        for number, (micro_rows, micro_sources) in enumerate(self._micro_batches(rows, sources)):
+            last = number == num_micro - 1
+            losses, weights, source_of_label, aux_loss = self._forward(
+                micro_rows, micro_sources, last
+            )
             loss = (losses * weights).sum() / max(denominator, 1)
             if aux_loss is not None:
-                loss = loss + aux_loss / num_micro
-                aux_total += float(aux_loss.detach()) / num_micro
-            loss.backward()
+                share = aux_loss / (num_micro * self.world.size)
+                loss = loss + share
+                totals[-1] += float(share.detach())
+            if not torch.isfinite(loss):
+                loss = loss * math.nan  # then no gradient is finite and no weight is touched
+            self.learner.backward(loss, last)
             _accumulate(totals, losses.detach(), source_of_label)
-        grad_norm = self._update(lr)
-        loss_sum = sum(t[0] for t in totals.values())
-        if not math.isfinite(loss_sum) or not math.isfinite(grad_norm):
-            raise NonFiniteLoss(f"loss {loss_sum}, gradient norm {grad_norm}")
+        part_norms = self.learner.part_norms(self.model.parts())
+        grad_norm = self.learner.update(lr)
+        totals = np.array(self.world.sum(totals.tolist()))
+        sums, counts = totals[:-1:2], totals[1::2]
         return StepResult(
-            loss=loss_sum / max(num_labels, 1),
-            aux_loss=aux_total,
-            source_loss={s: t[0] / t[1] for s, t in sorted(totals.items())},
+            loss=float(sums.sum()) / max(num_labels, 1),
+            aux_loss=float(totals[-1]),
+            source_loss={i: float(sums[i] / n) for i, n in enumerate(counts) if n},
             grad_norm=grad_norm,
-            num_labels=num_labels,
+            part_norms=part_norms,
+            num_labels=int(num_labels),
         )
 
     def _denominator(self, rows: Sequence[Sequence[Encoded]]) -> float:
@@ -133,37 +165,40 @@ class Engine:
             yield rows[start : start + size], sources[start : start + size]
 
     def _forward(
-        self, rows: Sequence[Sequence[Encoded]], sources: Sequence[Sequence[int]]
+        self, rows: Sequence[Sequence[Encoded]], sources: Sequence[Sequence[int]], last: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Per-label losses [L], weights [L], source indices [L], and the balance loss."""
-        batch = collate_rows(rows, self.recipe.seq_len)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            output = self.model(
-                input_ids=batch["input_ids"],
-                **batch["images"],
-                position_ids=batch["position_ids"],
-                attention_mask=batch["segment_ids"],
-                labels=batch["labels"],
-                use_cache=False,
-            )
+        batch = on_device(collate_rows(rows, self.recipe.seq_len), self.world.device)
+        output = self.learner.forward(
+            last,
+            input_ids=batch["input_ids"],
+            **batch["images"],
+            position_ids=batch["position_ids"],
+            attention_mask=batch["segment_ids"],
+            labels=batch["labels"],
+            use_cache=False,
+        )
         segments = batch["segment_ids"][output.label_rows, output.label_cols]
         width = max(len(row) for row in sources) + 1
         table = torch.zeros(len(rows), width, dtype=torch.long)
         for r, row in enumerate(sources):
             table[r, 1 : len(row) + 1] = torch.tensor(row)
+        table = table.to(self.world.device)
         shares = batch["turn_shares"][output.label_rows, output.label_cols]
         weights = shares ** POWERS[self.recipe.loss_norm]
         return output.loss_per_token, weights, table[output.label_rows, segments], output.aux_loss
 
-    def _update(self, lr: float) -> float:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm))
-        if math.isfinite(grad_norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+
+def make_learner(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainRecipe, world: World
+) -> Learner:
+    """Plain torch for one rank or `ddp`; DeepSpeed where ranks share state or the host keeps it."""
+    if recipe.parallel == "ddp" or (world.size == 1 and not recipe.offload):
+        return Learner(model, optimizer, world, clip_norm=recipe.clip_norm, dtype=recipe.dtype)
+    # Imported only here: DeepSpeed takes seconds, and most runs on one rank never need it.
+    from training.zero import ZeroLearner
+
+    return ZeroLearner(model, optimizer, recipe, world, recipe.micro_batch_size)
 
 
 def _embeddings(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
@@ -173,11 +208,8 @@ def _embeddings(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
             yield from child.parameters()
 
 
-def _accumulate(
-    totals: dict[int, list[float]], losses: torch.Tensor, source_of_label: torch.Tensor
-) -> None:
+def _accumulate(totals: np.ndarray, losses: torch.Tensor, source_of_label: torch.Tensor) -> None:
     for source in source_of_label.unique().tolist():
         chosen = losses[source_of_label == source]
-        entry = totals.setdefault(source, [0.0, 0.0])
-        entry[0] += float(chosen.sum())
-        entry[1] += len(chosen)
+        totals[2 * source] += float(chosen.sum())
+        totals[2 * source + 1] += len(chosen)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -123,6 +123,19 @@ def collate_rows(rows: Sequence[Sequence[Encoded]], seq_len: int) -> PackedBatch
         turn_shares=torch.from_numpy(turn_shares),
         images=image_inputs(encoded for row in rows for encoded in row),
     )
+
+
+def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The same batch, its tensors on `device`."""
+    if device.type == "cpu":
+        return batch
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(tensor) for key, tensor in value.items()}
+        return value.to(device, non_blocking=True)
+
+    return cast(PackedBatch, {name: moved(value) for name, value in batch.items()})
 
 
 def shares_of_turns(loss_mask: np.ndarray) -> np.ndarray:

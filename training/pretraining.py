@@ -20,7 +20,7 @@ def run_basic(ctx: StageContext) -> None:
     recipe = ctx.section("pretraining.basic")
     control = _arm(ctx, recipe, "fixed", 0, None, {})
     before = carried(ctx, control.total_steps)
-    fixed = before["fixed"] if before else essentials(control.run())
+    fixed = before["fixed"] if before else essentials(control.run(final=False))
     settings = recipe.adalrs.model_dump(exclude={"enabled"}) if recipe.adalrs.enabled else None
     arm = _arm(ctx, recipe, "adalrs", control.total_steps, settings, {"fixed": fixed})
     summary = arm.run()
@@ -36,7 +36,7 @@ def run_multitask(ctx: StageContext) -> None:
     recipe = ctx.section("pretraining.multitask")
     run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.input("mix")})
     ctx.summary(**run.run())
-    save_model(ctx.output("checkpoint"), model, processor)
+    save_model(ctx.output("checkpoint"), run.model, processor)
 
 
 def _arm(

@@ -42,7 +42,7 @@ def _run(ctx: StageContext, section: str) -> None:
     recipe = ctx.section(section)
     run = SupervisedRun(ctx, model, processor, recipe, data)
     ctx.summary(**run.run())
-    save_model(ctx.output("checkpoint"), model, processor)
+    save_model(ctx.output("checkpoint"), run.model, processor)
     record = {
         "parent": ctx.input_digest("checkpoint"),
         "recipe": recipe.model_dump(mode="json"),

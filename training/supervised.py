@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from model.modeling import SailVLForConditionalGeneration, part_digests
 from model.processor import Encoded, SailVLProcessor
 from sailyard.media import decode_image
 from sailyard.recipe import TrainRecipe
 from sailyard.samples import Sample
-from sailyard.stage import StageContext, StopRequested
+from sailyard.stage import RankDone, StageContext
 from training.balance import Balance, sample_cost
-from training.checkpointing import STATE_FILE, load_state, restore, save_state, snapshot
-from training.engine import Engine
+from training.checkpointing import read_scalars
+from training.engine import Engine, StepResult
+from training.guard import Diverged, Guard, within_memory
+from training.loop import TrainingLoop
+from training.meter import Meter
 from training.packing import truncated
 from training.schedules import AdaLRS, lr_factor
-from training.stream import PackedStream, open_sources
+from training.stream import PackedStream, StreamBatch, open_sources
+from training.world import join_world
 
-TRIAL_FILE = "trial.safetensors"
+SPEED_EVERY = 10
+"""Steps between points of the series about speed (our choice)."""
 
 
 def encoder(processor: SailVLProcessor) -> Callable[[Sample], Encoded]:
@@ -49,18 +51,12 @@ def truncation(
     return partial(truncated, seq_len=recipe.seq_len, image_token_id=processor.image_token_id)
 
 
-def world_size() -> int:
-    """Ranks that share a step."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def carried(ctx: StageContext, first_step: int) -> dict[str, Any] | None:
     """What the arms before `first_step` measured, if the newest checkpoint is past them."""
     latest = ctx.checkpoints.resume_point
     if latest is None or latest[0] <= first_step:
         return None
-    state = json.loads((latest[1] / STATE_FILE).read_text(encoding="utf-8"))
-    carry: dict[str, Any] = state["carry"]
+    carry: dict[str, Any] = read_scalars(latest[1])["carry"]
     return carry
 
 
@@ -73,8 +69,7 @@ def essentials(summary: Mapping[str, Any]) -> dict[str, Any]:
 class _Progress:
     """What a run remembers besides weights, optimizer and stream."""
 
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of good steps
     tokens: int = 0
 
 
@@ -84,6 +79,9 @@ class SupervisedRun:
     `arm` names the run inside its stage: a stage that trains twice (AdaLRS beside its control)
     gives each arm its own checkpoints through `first_step`, the number its steps count from, and
     `carry`, what the arms before it measured.
+
+    Attributes:
+        model: After `run` with all its weights, whichever way ranks shared them.
     """
 
     def __init__(
@@ -102,9 +100,9 @@ class SupervisedRun:
     ) -> None:
         torch.set_num_threads(recipe.threads)
         self.ctx, self.model, self.processor, self.recipe = ctx, model, processor, recipe
-        self.arm, self.first_step, self.carry = arm, first_step, dict(carry or {})
+        self.arm, self.carry = arm, dict(carry or {})
+        self.world = join_world()
         self.digests_before = part_digests(model)
-        self.engine = Engine(model, recipe)
         self.stream = PackedStream(
             open_sources(inputs, recipe.weights, recipe.first_tasks),
             encoder(processor),
@@ -112,36 +110,59 @@ class SupervisedRun:
             batch_size=recipe.batch_size,
             look_ahead=recipe.look_ahead,
             seed=ctx.seed if seed is None else seed,
-            balance=Balance(world_size(), sample_cost(model)) if recipe.visual_balance else None,
+            balance=Balance(self.world.size, sample_cost(model)) if recipe.visual_balance else None,
             truncate=truncation(processor, recipe),
         )
         self.total_steps = recipe.max_steps or self.stream.epoch_steps(recipe.epochs)
         self.adalrs = AdaLRS(total_steps=self.total_steps, **adalrs) if adalrs else None
         self.trial: dict[str, torch.Tensor] | None = None
+        self.guard = Guard(recipe.max_bad_steps, recipe.spike_factor)
+        self.meter = Meter(model, recipe, self.world)
         self.progress = _Progress()
+        self.engine = Engine(model, recipe, self.world)
+        self.loop = TrainingLoop(
+            ctx,
+            self.engine.learner,
+            self.world,
+            total_steps=self.total_steps,
+            checkpoint_every=recipe.checkpoint_every,
+            name=arm,
+            first_step=first_step,
+            timeout_s=recipe.step_timeout_s,
+        )
 
-    def run(self) -> dict[str, Any]:
+    def run(self, *, final: bool = True) -> dict[str, Any]:
         """Train to the last step, from the stage's newest checkpoint if there is one.
 
-        Returns the arm's summary. Raises StopRequested after saving when the stage was asked
-        to stop, and RuntimeError when a frozen part changed.
-        """
-        self._resume()
-        started, tokens_at_start = time.monotonic(), self.progress.tokens
-        while self.progress.step < self.total_steps:
-            self._one_step()
-            done = self.progress.step
-            if done < self.total_steps and done % self.recipe.checkpoint_every == 0:
-                self._save()
-            if self.ctx.stop_requested:
-                self._save()
-                raise StopRequested(f"saved at step {done} of {self.total_steps}")
-        seconds = max(time.monotonic() - started, 1e-9)
-        return self._summary((self.progress.tokens - tokens_at_start) / seconds)
+        Args:
+            final: Nothing else in the stage needs several ranks. All but rank 0 end here.
 
-    def _one_step(self) -> None:
-        step = self.progress.step
-        batch = self.stream.next_batch()
+        Returns:
+            The arm's summary.
+
+        Raises:
+            StopRequested: After saving, when the stage was asked to stop.
+            RankDone: On every rank but 0, when `final`.
+            RuntimeError: A frozen part changed.
+        """
+        resumed = self.loop.resume()
+        if resumed is not None:
+            self._load(*resumed)
+        started, tokens_at_start = time.monotonic(), self.progress.tokens
+        self.loop.run(self._one_step, self._state, lambda: self.trial or {})
+        seconds = max(time.monotonic() - started, 1e-9)
+        speed = (self.progress.tokens - tokens_at_start) / seconds
+        whole = self.engine.learner.whole()
+        assert isinstance(whole, SailVLForConditionalGeneration)
+        self.model = whole
+        if final and self.world.rank.number:
+            raise RankDone
+        return self._summary(speed)
+
+    def _one_step(self, step: int) -> None:
+        with self.meter.waiting():
+            batch = self.stream.next_batch()
+        scale = self.adalrs.state.scale if self.adalrs else 1.0
         factor = lr_factor(
             step,
             self.total_steps,
@@ -149,70 +170,87 @@ class SupervisedRun:
             warmup_ratio=self.recipe.warmup_ratio,
             min_lr_ratio=self.recipe.min_lr_ratio,
         )
-        scale = self.adalrs.state.scale if self.adalrs else 1.0
         lr = self.recipe.lr * factor * scale
-        try:
-            result = self.engine.step(batch.rows, batch.sources, lr)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {step}: {error}; samples {batch.ids}") from error
-        self.progress.step += 1
-        self.progress.losses.append(result.loss)
+        rows, sources = self.world.own(batch.rows), self.world.own(batch.sources)
+        with self.meter.stepping(batch):
+            result = within_memory(
+                lambda: self.engine.step(rows, sources, lr, len(self.stream.sources)),
+                lambda: f"step {step} does not fit into memory; {_described(batch)}",
+            )
+        verdict = self.guard.judge(step, result, batch.ids)
+        if verdict == "roll back":
+            self._go_back(step, result)
+            return
         self.progress.tokens += sum(len(e.input_ids) for row in batch.rows for e in row)
+        if verdict == "bad":
+            self.ctx.metric(step, **{f"{self._prefix}bad_steps": self.guard.state.num_bad})
+            return
+        self.progress.losses.append(result.loss)
         self._report(step, lr, result)
         if self.adalrs:
             self._obey(self.adalrs.observe(step, result.loss))
+        if (step + 1) % self.recipe.checkpoint_every == 0:
+            self.guard.passed_checkpoint()
 
-    def _report(self, step: int, lr: float, result: Any) -> None:
-        prefix = "" if self.arm == "main" else f"{self.arm}/"
+    def _go_back(self, step: int, result: StepResult) -> None:
+        """Weights and schedule of the last checkpoint; the stream goes on behind the bad data."""
+        stream, guard = self.stream.state(), self.guard.dump()
+        complaint = self.guard.complaint(step, result)
+        saved = self.loop.roll_back()
+        if saved is None:
+            raise Diverged(f"{complaint}; there is no checkpoint yet to go back to")
+        self._load(*saved)
+        self.stream.load(stream)
+        self.guard.load(guard)
+        self.guard.went_back()
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.arm == "main" else f"{self.arm}/"
+
+    def _report(self, step: int, lr: float, result: StepResult) -> None:
         values = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
         if result.aux_loss:
             values["aux_loss"] = result.aux_loss
         if len(self.stream.sources) > 1:
             for index, loss in result.source_loss.items():
                 values[f"loss/{self.stream.sources[index].name}"] = loss
-        self.ctx.metric(step, **{f"{prefix}{k}": v for k, v in values.items()})
-        note = f"{prefix}loss {result.loss:.3f} lr {lr:.1e}"
+        if (step + 1) % SPEED_EVERY == 0:
+            values |= {f"grad_norm/{part}": norm for part, norm in result.part_norms.items()}
+            values |= self.meter.read()
+        self.ctx.metric(step, **{f"{self._prefix}{k}": v for k, v in values.items()})
+        note = f"{self._prefix}loss {result.loss:.3f} lr {lr:.1e}"
         self.ctx.progress(step + 1, self.total_steps, note)
 
     def _obey(self, action: str) -> None:
         if action == "snapshot":
-            self.trial = snapshot(self.model, self.engine.optimizer)
+            self.trial = self.engine.learner.tensors(frozen=False)
         elif action in ("rollback", "discard"):
             assert self.trial is not None
             if action == "rollback":
-                restore(self.model, self.engine.optimizer, self.trial)
+                self.engine.learner.load(self.trial)
             self.trial = None
 
-    def _save(self) -> None:
-        directory = self.ctx.scratch() / f"{self.arm}-{self.progress.step}"
-        scalars = {
+    def _state(self) -> dict[str, Any]:
+        return {
             "arm": self.arm,
-            "step": self.progress.step,
             "losses": self.progress.losses,
             "tokens": self.progress.tokens,
             "stream": self.stream.state(),
             "adalrs": self.adalrs.dump() if self.adalrs else None,
+            "guard": self.guard.dump(),
             "digests_before": self.digests_before,
             "carry": self.carry,
         }
-        save_state(directory, self.model, self.engine.optimizer, scalars)
-        if self.trial is not None:
-            save_file(self.trial, str(directory / TRIAL_FILE))
-        self.ctx.checkpoints.save(self.first_step + self.progress.step, directory)
 
-    def _resume(self) -> None:
-        latest = self.ctx.checkpoints.resume_point
-        if latest is None or latest[0] <= self.first_step:
-            return
-        directory = latest[1]
-        scalars = load_state(directory, self.model, self.engine.optimizer)
-        self.progress = _Progress(scalars["step"], scalars["losses"], scalars["tokens"])
+    def _load(self, scalars: Mapping[str, Any], trial: dict[str, torch.Tensor]) -> None:
+        self.progress = _Progress(list(scalars["losses"]), scalars["tokens"])
         self.digests_before = scalars["digests_before"]
         self.stream.load(scalars["stream"])
+        self.guard.load(scalars["guard"])
         if self.adalrs:
             self.adalrs.load(scalars["adalrs"])
-            if (directory / TRIAL_FILE).exists():
-                self.trial = load_file(str(directory / TRIAL_FILE))
+            self.trial = trial if self.adalrs.state.trial else None
 
     def _summary(self, tokens_per_second: float) -> dict[str, Any]:
         after = part_digests(self.model)
@@ -226,8 +264,11 @@ class SupervisedRun:
             "steps": self.total_steps,
             "tokens": self.progress.tokens,
             "tokens_per_second": tokens_per_second,
+            "ranks": self.world.size,
             "loss_first": sum(losses[:edge]) / edge,
             "loss_last": sum(losses[-edge:]) / edge,
+            "bad_steps": self.guard.state.num_bad,
+            "roll_backs": self.guard.state.num_roll_backs,
             "too_long": self.stream.num_too_long,
             "truncated": self.stream.num_truncated,
             "too_long_ids": list(self.stream.too_long),
@@ -241,3 +282,13 @@ class SupervisedRun:
             summary["adalrs_events"] = self.adalrs.state.events
             summary["lr_last"] = self.recipe.lr * self.adalrs.state.scale
         return summary
+
+
+def _described(batch: StreamBatch) -> str:
+    """The longest row of a step: its samples, tokens and pixels."""
+    lengths = [sum(len(e.input_ids) for e in row) for row in batch.rows]
+    pixels = [sum(e.pixel_values.size for e in row) for row in batch.rows]
+    row = max(range(len(lengths)), key=lambda r: (pixels[r], lengths[r]))
+    first = sum(len(r) for r in batch.rows[:row])
+    ids = batch.ids[first : first + len(batch.rows[row])]
+    return f"its largest row holds {lengths[row]} tokens and {pixels[row]} pixel values: {ids}"

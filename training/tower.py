@@ -25,9 +25,11 @@ from model.vision import SailViT
 from sailyard.media import decode_image
 from sailyard.recipe import TowerRecipe
 from sailyard.samples import read_samples
-from sailyard.stage import StageContext, StopRequested
-from training.checkpointing import load_state, save_state
+from sailyard.stage import StageContext
+from training.learner import Learner
+from training.loop import TrainingLoop
 from training.schedules import lr_factor
+from training.world import join_world
 
 HELDOUT_SHARE = 0.05
 
@@ -96,7 +98,6 @@ def pretrain_tower(
 
     Resumes from the stage's newest checkpoint.
     """
-    latest = ctx.checkpoints.resume_point
     data = TaggedImages(reference, processor.image_size)
     tagger = Tagger(vision, len(data.vocabulary), processor.downsample).train()
     optimizer = torch.optim.AdamW(
@@ -106,20 +107,26 @@ def pretrain_tower(
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    losses: list[float] = []
-    if latest is not None:
-        losses = load_state(latest[1], tagger, optimizer)["losses"]
-    for step in range(len(losses), recipe.steps):
-        losses.append(_step(tagger, optimizer, data, recipe, step, ctx.seed))
+    world = join_world()
+    learner = Learner(tagger, optimizer, world, clip_norm=recipe.clip_norm)
+    loop = TrainingLoop(
+        ctx,
+        learner,
+        world,
+        total_steps=recipe.steps,
+        checkpoint_every=recipe.checkpoint_every,
+        name="tower",
+        save_last=True,
+    )
+    resumed = loop.resume()
+    losses: list[float] = resumed[0]["losses"] if resumed else []
+
+    def one_step(step: int) -> None:
+        losses.append(_step(learner, data, recipe, step, ctx.seed))
         ctx.metric(step, **{"tower/loss": losses[-1]})
         ctx.progress(step + 1, recipe.steps, f"tower loss {losses[-1]:.2f}")
-        done = step + 1
-        if ctx.stop_requested or done % recipe.checkpoint_every == 0 or done == recipe.steps:
-            directory = ctx.scratch() / f"tower-{done}"
-            save_state(directory, tagger, optimizer, {"losses": losses})
-            ctx.checkpoints.save(done, directory)
-        if ctx.stop_requested:
-            raise StopRequested(f"saved at step {done} of {recipe.steps}")
+
+    loop.run(one_step, lambda: {"losses": losses})
     edge = max(len(losses) // 10, 1)
     return {
         "steps": recipe.steps,
@@ -131,28 +138,17 @@ def pretrain_tower(
     }
 
 
-def _step(
-    tagger: Tagger,
-    optimizer: torch.optim.Optimizer,
-    data: TaggedImages,
-    recipe: TowerRecipe,
-    step: int,
-    seed: int,
-) -> float:
+def _step(learner: Learner, data: TaggedImages, recipe: TowerRecipe, step: int, seed: int) -> float:
     rng = np.random.default_rng([seed, step])  # stateless: a resumed run draws the same
     pixels, targets = data.batch(rng.integers(0, data.num_train, recipe.batch_size))
     factor = lr_factor(step, recipe.steps, schedule="cosine", warmup_ratio=0.05, min_lr_ratio=0.05)
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.lr * factor
     losses = (
         F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-        for logits in tagger(pixels)
+        for logits in learner.model(pixels)
     )
     loss = torch.stack(list(losses)).sum() / recipe.batch_size
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(tagger.parameters(), recipe.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    learner.backward(loss, last=True)
+    learner.update(recipe.lr * factor)
     return float(loss.detach())
 
 

@@ -103,12 +103,23 @@ def stage_run(
     Exit status 0: finished, now or before. 75: stopped, run it again. 1: failed.
     """
     from sailyard.runs import load_run
-    from sailyard.stage.supervisor import supervise
+    from sailyard.stage.ranks import Rank, be_alone, run_ranks
     from sailyard.yard import Yard
 
     yard = Yard()
     loaded = load_run(run_id, yard)
-    raise typer.Exit(supervise(yard, loaded, loaded.pipeline.stage(name), force=force))
+    stage, rank = loaded.pipeline.stage(name), Rank.from_environment()
+    if rank.number:
+        from sailyard.stage.follower import follow
+
+        raise typer.Exit(follow(yard, loaded, stage, rank))
+    if not stage.distributed:
+        be_alone()
+    elif rank.size == 1 and yard.settings.ranks > 1:
+        raise typer.Exit(run_ranks(yard, loaded, stage, yard.settings.ranks, force=force))
+    from sailyard.stage.supervisor import supervise
+
+    raise typer.Exit(supervise(yard, loaded, stage, force=force))
 
 
 @stage_app.command("log")

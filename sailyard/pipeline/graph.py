@@ -45,6 +45,7 @@ class Stage:
         needs_torch: The entry imports torch.
         resumable: The entry keeps checkpoints and watches ``stop_requested``; others are
             interrupted at once when asked to stop.
+        distributed: The entry may run as several ranks at once; of other stages rank 0 runs alone.
         gpus: Devices wanted on a cluster; 0 runs on the CPU.
         restore: "package.module:function", called when a finished result is reused, by the
             stages whose effect reaches outside their artifacts.
@@ -59,6 +60,7 @@ class Stage:
     doc: str = ""
     needs_torch: bool = False
     resumable: bool = False
+    distributed: bool = False
     gpus: int = 0
     restore: str = ""
 

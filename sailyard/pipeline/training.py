@@ -19,6 +19,7 @@ def bootstrap_stages(gpus: int) -> list[Stage]:
             doc="Tokenizer and language model: downloaded when the recipe names one, else trained.",
             needs_torch=True,
             resumable=True,
+            distributed=True,
             gpus=gpus,
         ),
         Stage(
@@ -59,6 +60,8 @@ def _training_stage(
         doc=doc,
         needs_torch=True,
         resumable=True,
+        # Rollouts are sampled by one process so far.
+        distributed=not entry.startswith("training.rl"),
         gpus=gpus,
     )
 

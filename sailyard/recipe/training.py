@@ -39,6 +39,18 @@ class Optimization(Section):
     threads: int = Field(8, ge=1, le=256)
     """CPU threads of one training process. Our choice."""
 
+    parallel: Literal["ddp", "zero1", "zero2", "zero3"] = "zero2"
+    """What several ranks share: nothing (ddp), optimizer state (zero1), gradients too (zero2),
+    weights too (zero3). One rank without offload is plain torch whatever this says. Changes memory
+    and speed, not the result. Paper section 3.5 names ZeRO-2 for the mixture of experts."""
+
+    offload: bool = False
+    """Keep optimizer state in the host's memory. Paper section 3.5, for the mixture of experts."""
+
+    activation_checkpointing: bool = False
+    """Keep only layer inputs and compute the rest again in the backward pass: about a third more
+    time, several times less memory. The paper is silent; our choice."""
+
     @model_validator(mode="after")
     def _check_optimization(self) -> Self:
         if not self.trainable:
@@ -47,6 +59,10 @@ class Optimization(Section):
             )
         if len(set(self.trainable)) != len(self.trainable):
             raise ValueError(f"trainable names a part twice: {self.trainable}")
+        if self.offload and self.parallel == "ddp":
+            raise ValueError(
+                "offload needs parallel zero1, zero2 or zero3: ddp keeps all on the GPU"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self
@@ -115,6 +131,19 @@ class TrainRecipe(Optimization):
     """What happens to a sample longer than seq_len: left out (quarantine), or cut at its end unless
     the cut would go through an image or leave nothing to learn (truncate). Either is counted and
     named in the stage's summary. The paper only says that packing truncates less; our choice."""
+
+    max_bad_steps: int = Field(3, ge=1)
+    """Steps in a row whose loss or gradient is no number, or a spike, before the run goes back to
+    its last checkpoint; when that happens again right after, it stops and names the samples. Our
+    choice."""
+
+    spike_factor: float | None = Field(None, gt=1)
+    """A loss this many times the median of the last 64 steps counts as a bad step. Our choice:
+    null, only what is no number does."""
+
+    step_timeout_s: float = Field(3600, gt=0)
+    """A step that takes longer prints where every thread of every rank stands and ends the stage,
+    seconds. Our choice."""
 
     @model_validator(mode="after")
     def _check_train(self) -> Self:

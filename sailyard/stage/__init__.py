@@ -8,10 +8,12 @@ from sailyard.stage.errors import (
     EXIT_FAILED,
     EXIT_OK,
     EXIT_RESUME,
+    RankDone,
     StageError,
     StopRequested,
 )
 from sailyard.stage.keys import cache_key, resolve_section, stage_seed
+from sailyard.stage.ranks import Rank
 from sailyard.stage.recorder import MemoryRecorder
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "EXIT_RESUME",
     "Checkpoints",
     "MemoryRecorder",
+    "Rank",
+    "RankDone",
     "StageContext",
     "StageError",
     "StopRequested",

@@ -4,6 +4,10 @@ Layout under ``checkpoints/<cache key>/``: the files of one save in a folder of 
 then one pointer object with their names, sizes and digests, written last. Only a pointer
 makes a checkpoint exist, and every file is verified before it is used, so neither a kill in
 mid-save nor a torn upload is ever loaded: the checkpoint before it is.
+
+Several ranks save one checkpoint together: each puts its own files into the save's folder and then
+a list of them; rank 0 writes the pointer once it has seen every list. No process talks to another
+for that, so it can be done while training goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import hashlib
 import logging
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +26,11 @@ from sailyard.stage.errors import StageError
 
 if TYPE_CHECKING:
     from sailyard.artifacts import ObjectStore
+    from sailyard.stage.ranks import Rank
+
+PARTS_TIMEOUT_S = 1800.0
+"""How long rank 0 waits for the other ranks' files of a save."""
+PARTS_POLL_S = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +63,29 @@ class Checkpoints:
         self._keep = keep
         self._before_pointer = before_pointer
 
-    def save(self, step: int, directory: Path) -> None:
+    def save(
+        self, step: int, directory: Path, rank: Rank | None = None, token: str | None = None
+    ) -> None:
         """Keep a copy of the directory's files as the checkpoint of a step.
 
         The caller may change or delete the directory afterwards.
 
+        Args:
+            step: At least 0.
+            directory: With this rank's files.
+            rank: Which of several ranks saves; each must name its files differently.
+            token: One new word of ``new_token`` for all ranks of this save.
+
         Raises:
-            StageError: The step is negative or the directory holds no file.
+            StageError: The step is negative, the directory holds no file, or another rank's
+                files did not come.
         """
         if step < 0:
             raise StageError(f"a checkpoint needs a step of at least 0, not {step}")
         paths = sorted(path for path in directory.rglob("*") if path.is_file())
         if not paths:
             raise StageError(f"the checkpoint of step {step} is empty: {directory} holds no file")
-        data = f"{self._prefix}{step:012d}-{secrets.token_hex(6)}/"
+        data = f"{self._prefix}{step:012d}-{token or new_token()}/"
         files = []
         for path in paths:
             name = path.relative_to(directory).as_posix()
@@ -74,11 +93,27 @@ class Checkpoints:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self._store.put(data + name, path, sha256=digest)
             files.append({"name": name, "sha256": digest})
+        if rank is not None and rank.number:
+            self._store.write_json(_part_key(data, rank.number), {"files": files})
+            return
+        for other in range(1, rank.size if rank is not None else 1):
+            files += self._files_of(data, other)
         self._before_pointer()
         self._store.write_json(
             self._pointer_key(step), {"step": step, "data": data, "files": files}
         )
         self._prune()
+
+    def _files_of(self, data: str, rank: int) -> list[dict[str, str]]:
+        """What another rank has put into the folder of a save, once it has."""
+        deadline = time.monotonic() + PARTS_TIMEOUT_S
+        key = _part_key(data, rank)
+        while key not in self._store.list(data):
+            if time.monotonic() > deadline:
+                raise StageError(f"rank {rank} did not save its part within {PARTS_TIMEOUT_S} s")
+            time.sleep(PARTS_POLL_S)
+        files: list[dict[str, str]] = self._store.read_json(key)["files"]
+        return files
 
     @cached_property
     def resume_point(self) -> tuple[int, Path] | None:
@@ -148,3 +183,12 @@ class Checkpoints:
             folder, slash, _ = inside.partition("/")
             if slash and f"{self._prefix}{folder}/" not in kept:
                 self._store.delete(key)
+
+
+def new_token() -> str:
+    """A word that tells the folder of one save from those of all others."""
+    return secrets.token_hex(6)
+
+
+def _part_key(data: str, rank: int) -> str:
+    return f"{data}part-{rank:05d}.json"

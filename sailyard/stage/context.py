@@ -14,6 +14,7 @@ from sailyard.pipeline import Stage, build_pipeline
 from sailyard.stage.checkpoints import Checkpoints
 from sailyard.stage.errors import StageError
 from sailyard.stage.keys import cache_key, may_read, resolve_section, stage_seed
+from sailyard.stage.ranks import Rank
 from sailyard.stage.recorder import MemoryRecorder, Recorder
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ class StageContext:
         store = LocalStore(tmp_path / "store")
         digests = {name: _directory_digest(inputs.get(name)) for name in stage.inputs}
         key = cache_key(stage, recipe, digests)
+        rank = Rank.from_environment().number
+        work = tmp_path / "work" / (f"{stage_name}.rank{rank}" if rank else stage_name)
         return cls(
             stage=stage,
             recipe=recipe,
@@ -101,8 +104,8 @@ class StageContext:
             key=key,
             input_digests=digests,
             fetch_input=lambda name: inputs[name],
-            work=tmp_path / "work" / stage_name,
-            checkpoints=Checkpoints(store, key, tmp_path / "work" / stage_name / "resume"),
+            work=work,
+            checkpoints=Checkpoints(store, key, work / "resume"),
             recorder=MemoryRecorder(),
             open_registry=lambda: Registry(Database(f"sqlite:///{tmp_path}/lineage.db")),
             open_artifacts=lambda: ArtifactStore(store, tmp_path / "cache"),

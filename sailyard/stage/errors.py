@@ -19,3 +19,8 @@ class StopRequested(BaseException):
     stages that keep no checkpoints. Not an ``Exception``: a loop that survives bad items with
     ``except Exception`` must not survive this.
     """
+
+
+class RankDone(BaseException):
+    """This rank has done its share of a stage; rank 0 ends the stage. Not an ``Exception``, as
+    StopRequested is none."""

@@ -46,7 +46,7 @@ def execute(
         force: Run even if a finished result exists.
         channel: Pipe to the supervisor's progress bar.
     """
-    with _stop_signal() as stop:
+    with stop_signal() as stop:
         try:
             return _execute(yard, run, stage, force, channel, stop)
         except StopRequested:
@@ -61,7 +61,7 @@ def execute(
 
 
 def _execute(
-    yard: Yard, run: Run, stage: Stage, force: bool, channel: int | None, stop: _Stop
+    yard: Yard, run: Run, stage: Stage, force: bool, channel: int | None, stop: Stop
 ) -> int:
     from sailyard import runs
 
@@ -104,7 +104,7 @@ class _Attempt:
         self.channel = channel
         self.started = time.monotonic()
 
-    def carry_out(self, stop: _Stop, fresh_start: bool) -> int:
+    def carry_out(self, stop: Stop, fresh_start: bool) -> int:
         """Run the entry and record how it ended."""
         shutil.rmtree(self.work, ignore_errors=True)
         if fresh_start:
@@ -128,7 +128,7 @@ class _Attempt:
         status, error, outputs = "finished", "", {}
         try:
             with stop.of(context):
-                _load(self.stage.entry)(context)
+                load_entry(self.stage.entry)(context)
             outputs = self._publish(context)
         except StopRequested:
             status = "stopped"
@@ -241,7 +241,7 @@ def artifact_info(artifact: Any) -> ArtifactInfo:
     )
 
 
-class _Stop:
+class Stop:
     """Carries SIGTERM to whoever can act on it at the moment."""
 
     def __init__(self) -> None:
@@ -278,8 +278,9 @@ class _Stop:
 
 
 @contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    stop = _Stop()
+def stop_signal() -> Iterator[Stop]:
+    """Catch requests to stop while the block runs; outside the main thread there are none."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -294,7 +295,7 @@ def _stop_signal() -> Iterator[_Stop]:
 
 
 @contextmanager
-def _only_builder(yard: Yard, stage_name: str, key: str, stop: _Stop) -> Iterator[None]:
+def _only_builder(yard: Yard, stage_name: str, key: str, stop: Stop) -> Iterator[None]:
     """Hold the cache key's lock: two runs of equal stages on a machine build them once.
 
     A POSIX record lock: it ends with this process however that ends, and the processes it
@@ -319,7 +320,12 @@ def _only_builder(yard: Yard, stage_name: str, key: str, stop: _Stop) -> Iterato
             fcntl.lockf(file, fcntl.LOCK_UN)
 
 
-def _load(entry: str) -> Callable[[StageContext], None]:
+def load_entry(entry: str) -> Callable[[StageContext], None]:
+    """The function that "package.module:function" names.
+
+    Raises:
+        StageError: There is none.
+    """
     module_name, _, function_name = entry.partition(":")
     function = getattr(importlib.import_module(module_name), function_name, None)
     if function is None:

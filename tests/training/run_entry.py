@@ -1,30 +1,52 @@
 """Runs one entry by hand: `python -m tests.training.run_entry STAGE FOLDER INPUTS SETTING...`.
 
-A process of its own, so that a test can kill it as a machine would.
+A process of its own, so that a test can kill it as a machine would, or several under torchrun.
+Like a stage it ends with 75 when it was asked to stop and has saved.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 
 from sailyard.recipe import load_recipe
-from sailyard.stage import StageContext
+from sailyard.stage import EXIT_RESUME, MemoryRecorder, Rank, RankDone, StageContext, StopRequested
 
 
-def context(stage: str, folder: Path, inputs: dict[str, Path], changes: list[str]) -> StageContext:
-    return StageContext.local_context(folder, load_recipe("micro", changes), stage, inputs)
+def context(
+    stage: str, folder: Path, inputs: dict[str, Path], changes: list[str], recipe: str = "micro"
+) -> StageContext:
+    return StageContext.local_context(folder, load_recipe(recipe, changes), stage, inputs)
 
 
 def main() -> None:
-    stage, folder, inputs, *changes = sys.argv[1:]
-    paths = {name: Path(path) for name, path in json.loads(inputs).items()}
-    ctx = context(stage, Path(folder), paths, changes)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("inputs", type=json.loads)
+    parser.add_argument("changes", nargs="*")
+    parser.add_argument("--recipe", default="micro")
+    options = parser.parse_args()
+    paths = {name: Path(path) for name, path in options.inputs.items()}
+    ctx = context(options.stage, options.folder, paths, options.changes, options.recipe)
+    signal.signal(signal.SIGTERM, lambda *_: ctx.request_stop())
     module, _, function = ctx.stage.entry.partition(":")
-    getattr(importlib.import_module(module), function)(ctx)
-    (Path(folder) / "summary.json").write_text(json.dumps(ctx.summary_values), encoding="utf-8")
+    try:
+        getattr(importlib.import_module(module), function)(ctx)
+    except RankDone:
+        return
+    except StopRequested:
+        sys.exit(EXIT_RESUME)
+    if Rank.from_environment().number == 0:
+        figures = json.dumps(ctx.summary_values)
+        (options.folder / "summary.json").write_text(figures, encoding="utf-8")
+        assert isinstance(ctx.recorder, MemoryRecorder)
+        points = json.dumps(ctx.recorder.points)
+        (options.folder / "points.json").write_text(points, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,19 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from curation.world.build import reference_samples
-from curation.world.text import text_samples
-from model.checkpoint import build_from_recipe, save_language, save_model
-from model.processor import SailVLProcessor
-from model.tokenizer import train_tokenizer
 from sailyard.artifacts import LocalStore
-from sailyard.recipe import load_recipe
-from sailyard.samples import write_samples
 from sailyard.stage import Checkpoints
+from tests.training.materials import make_materials
 from tests.training.run_entry import context
 
 STEPS = {"max_steps": 12, "checkpoint_every": 2, "batch_size": 2, "micro_batch_size": 2}
@@ -50,19 +42,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Text, pictures and untrained networks of the micro shape."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("materials")
-    shape = load_recipe("micro").model
-    text = list(text_samples(80, np.random.default_rng(0)))
-    write_samples(folder / "text", text)
-    pictures = reference_samples(30, np.random.default_rng(1), shape.vision.image_size)
-    write_samples(folder / "pictures", pictures)
-    tokenizer = train_tokenizer((m["content"] for s in text for m in s.messages), 600)
-    model = build_from_recipe(shape, tokenizer, seed=3)
-    save_language(folder / "language", model.language_model, tokenizer)
-    save_model(folder / "model", model, SailVLProcessor.from_recipe(shape, tokenizer))
-    return {p.name: p for p in folder.iterdir()}
+    return make_materials(tmp_path_factory.mktemp("materials"), "micro")
 
 
 def inputs_of(stage: str, materials: dict[str, Path]) -> dict[str, str]:

@@ -50,9 +50,14 @@ def test_the_engine_gives_muon_hidden_matrices_only() -> None:
     model = tiny.network()
     engine = Engine(model, TrainRecipe.model_validate(settings))
     names = {id(p): name for name, p in model.named_parameters()}
-    chosen = {names[id(p)] for g in engine.optimizer.param_groups if g["muon"] for p in g["params"]}
+    chosen = {
+        names[id(p)]
+        for g in engine.learner.optimizer.param_groups
+        if g["muon"]
+        for p in g["params"]
+    }
     assert "mlp1.1.weight" in chosen
     assert "language_model.model.layers.0.self_attn.q_proj.weight" in chosen
     assert not any("embed" in name or "lm_head" in name or "norm" in name for name in chosen)
-    taken = [p for g in engine.optimizer.param_groups for p in g["params"]]
+    taken = [p for g in engine.learner.optimizer.param_groups for p in g["params"]]
     assert len(taken) == len(list(model.parameters()))

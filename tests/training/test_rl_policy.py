@@ -64,7 +64,7 @@ def gradient(policy: Policy, responses: list[Response]) -> torch.Tensor:
     # Ratios of 1.35, as after a few updates: terms with a positive advantage are clipped.
     batch.old_logprobs = [old - 0.3 for old in batch.old_logprobs]
     policy.accumulate(batch, UpdateStats())
-    return torch.cat([p.grad.flatten() for p in policy.parameters if p.grad is not None])
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize("algorithm", ["dapo", "gspo"])

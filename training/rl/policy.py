@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -19,9 +18,11 @@ from torch import Tensor
 from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.processor import Encoded, SailVLProcessor
 from sailyard.recipe import RLRecipe
+from training.learner import Learner
 from training.packing import IGNORE_INDEX, collate_rows, pack_rows
 from training.rl.losses import BatchSize, ClipRange, PolicyTokens, dapo_loss, gspo_loss
 from training.rl.rewards import Prompt
+from training.world import join_world
 
 if TYPE_CHECKING:
     from model.generation import Completion
@@ -113,19 +114,16 @@ class Policy:
         self.algorithm = resolve_algorithm(recipe.algorithm, model)
         self.clip = ClipRange(recipe.clip_low, recipe.clip_high)
         freeze_except(model, recipe.trainable)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
             lr=recipe.lr,
             betas=recipe.betas,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-
-    def precision(self) -> AbstractContextManager[None]:
-        """Autocast of the recipe's dtype; the weights stay in float32."""
-        enabled = self.recipe.dtype == "bfloat16"
-        return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+        self.learner = Learner(
+            model, optimizer, join_world(), clip_norm=recipe.clip_norm, dtype=recipe.dtype
+        )
 
     def improve(
         self, groups: Sequence[Sequence[Response]], lr: float, shuffle: np.random.Generator
@@ -157,14 +155,9 @@ class Policy:
 
     def _update(self, batch: MiniBatch, lr: float, stats: UpdateStats) -> None:
         loss = self.accumulate(batch, stats)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm))
+        norm = self.learner.update(lr)
         if not math.isfinite(norm) or not math.isfinite(loss):
-            self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteUpdate(f"loss {loss}, gradient norm {norm}: lower lr, or use float32")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         stats.num_updates += 1
         stats.losses.append(loss)
         stats.grad_norms.append(norm)
@@ -184,7 +177,8 @@ class Policy:
                 advantages_S=torch.tensor([r.advantage for row in rows for r in row]),
             )
             out = loss_of(tokens, batch.size, self.clip)
-            out.loss.backward()
+            loss = out.loss if torch.isfinite(out.loss) else out.loss * math.nan
+            self.learner.backward(loss, last=number == len(batch.shards) - 1)
             total += float(out.loss.detach())
             stats.num_ratios += out.num_ratios
             stats.num_clipped += out.num_clipped
@@ -198,15 +192,15 @@ class Policy:
         length = max(sum(len(e.input_ids) for e in row) for row in encoded)
         batch = collate_rows(encoded, length)
         labels = batch["labels"]
-        with self.precision():
-            output = self.model(
-                input_ids=batch["input_ids"],
-                **batch["images"],
-                position_ids=batch["position_ids"],
-                attention_mask=batch["segment_ids"],
-                labels=labels,
-                output_router_logits=False,
-            )
+        output = self.learner.forward(
+            last=True,
+            input_ids=batch["input_ids"],
+            **batch["images"],
+            position_ids=batch["position_ids"],
+            attention_mask=batch["segment_ids"],
+            labels=labels,
+            output_router_logits=False,
+        )
         # The logits of labelled positions come in row-major order, which is that of the rows.
         logits_NV = output.logits.float() / self.recipe.temperature
         return -F.cross_entropy(logits_NV, labels[labels != IGNORE_INDEX], reduction="none")

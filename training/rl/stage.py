@@ -19,8 +19,8 @@ import torch
 from model.checkpoint import load_model, save_model
 from model.modeling import part_digests
 from sailyard.recipe import RLRecipe
-from sailyard.stage import StageContext, StopRequested
-from training.checkpointing import load_state, save_state
+from sailyard.stage import StageContext
+from training.loop import TrainingLoop
 from training.rl.api_judge import ApiJudge
 from training.rl.judges import RoutingJudge
 from training.rl.losses import group_advantages
@@ -122,29 +122,30 @@ class ReinforcementRun:
             recipe.overlong_buffer,
         )
         self.state = RunState(digests_before=part_digests(model))
+        self.loop = TrainingLoop(
+            ctx,
+            self.policy.learner,
+            self.policy.learner.world,
+            total_steps=recipe.steps,
+            checkpoint_every=recipe.checkpoint_every,
+        )
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, from the newest checkpoint if there is one; the summary.
 
         Raises StopRequested after saving when the stage was asked to stop.
         """
-        self._resume()
-        total = self.recipe.steps
+        resumed = self.loop.resume()
+        if resumed is not None:
+            self.state = RunState(**resumed[0])
         if not self.state.heldout_before:
             self.state.heldout_before = self._measure_heldout("before")
         started, first = time.monotonic(), self.state.step
-        while self.state.step < total:
-            self._one_step()
-            done = self.state.step
-            stop = self.ctx.stop_requested
-            if stop or (done < total and done % self.recipe.checkpoint_every == 0):
-                self._save()
-            if stop:
-                raise StopRequested(f"saved at step {done} of {total}")
-        seconds = (time.monotonic() - started) / max(total - first, 1)
+        self.loop.run(self._one_step, lambda: asdict(self.state))
+        seconds = (time.monotonic() - started) / max(self.recipe.steps - first, 1)
         return self._summary(self._measure_heldout("after"), seconds)
 
-    def _one_step(self) -> None:
+    def _one_step(self, _step: int) -> None:
         state = self.state
         groups, responses = self._collect()
         stats = self.policy.improve(
@@ -174,7 +175,7 @@ class ReinforcementRun:
             prompts = self.prompts.draw(self.state.position, wanted)
             self.state.position += wanted
             seed = derive_seed(self.ctx.seed, self.state.step, number, "rollouts")
-            with self.policy.precision():
+            with self.policy.learner.precision():
                 replies = sample_replies(
                     self.policy.model, self.processor, prompts, self.sampling, seed
                 )
@@ -205,7 +206,7 @@ class ReinforcementRun:
     def _measure_heldout(self, when: str) -> dict[str, float]:
         """Means over the held-out prompts, sampled as in training and with the same seed."""
         prompts = self.prompts.heldout()
-        with self.policy.precision():
+        with self.policy.learner.precision():
             replies = sample_replies(
                 self.policy.model,
                 self.processor,
@@ -219,17 +220,6 @@ class ReinforcementRun:
             self.state.step, self.recipe.steps, f"held-out {when}: reward {figures['reward']:.3f}"
         )
         return figures
-
-    def _save(self) -> None:
-        directory = self.ctx.scratch() / f"step-{self.state.step}"
-        save_state(directory, self.policy.model, self.policy.optimizer, asdict(self.state))
-        self.ctx.checkpoints.save(self.state.step, directory)
-
-    def _resume(self) -> None:
-        latest = self.ctx.checkpoints.resume_point
-        if latest is not None:
-            scalars = load_state(latest[1], self.policy.model, self.policy.optimizer)
-            self.state = RunState(**scalars)
 
     def _summary(self, heldout_after: Mapping[str, float], seconds: float) -> dict[str, Any]:
         history = self.state.history

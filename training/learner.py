@@ -1,0 +1,193 @@
+"""What learns: a model, its optimizer, and one update out of several backward passes.
+
+`Learner` is plain torch: one process, or several that hold a full copy each (DDP). `ZeroLearner`
+(`training.zero`) is the same interface over DeepSpeed's ZeRO, where ranks share the state. The
+gradient and the update are the same in all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sailyard.recipe.training import Dtype
+from training.world import World
+
+ParamGroups = list[dict[str, Any]]
+STEP = "step"
+
+
+class Learner:
+    """Plain torch, one full copy of weights and optimizer state per rank."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        *,
+        clip_norm: float,
+        dtype: Dtype = "float32",
+    ) -> None:
+        """Args:
+        clip_norm: Largest norm of the whole gradient.
+        dtype: Precision of forward passes; the weights stay in float32.
+        """
+        self.model, self.optimizer, self.world = model, optimizer, world
+        self.clip_norm, self.dtype = clip_norm, dtype
+        self._forward: nn.Module = model
+        if world.size > 1:
+            self._forward = DistributedDataParallel(
+                model, forward_sync_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Autocast of the recipe's dtype; the weights stay in float32."""
+        enabled = self.dtype == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+    def forward(self, last: bool, **inputs: Any) -> Any:
+        """The model's output; `last` for the last forward and backward before an update."""
+        if isinstance(self._forward, DistributedDataParallel):
+            # DDP sums over ranks where this is set, in the backward of this very forward.
+            self._forward.require_backward_grad_sync = last
+        with self.precision():
+            return self._forward(**inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of this rank's share of a loss that is summed over ranks."""
+        (loss * self.world.size).backward()  # DDP takes the mean over ranks
+
+    def update(self, lr: float) -> float:
+        """Clip and update, and drop the gradients; returns their norm before clipping.
+
+        Weights stay untouched when the norm is not finite. `lr` is scaled by each group's
+        `lr_scale`.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_scale", 1.0)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def part_norms(self, parts: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Norm of each part's gradient, before `update` drops it."""
+        norms = {}
+        for name, part in parts.items():
+            gradients = [p.grad for p in part.parameters() if p.grad is not None]
+            if gradients:
+                norms[name] = float(nn.utils.get_total_norm(gradients))
+        return norms
+
+    def tensors(self, *, frozen: bool = True) -> dict[str, Tensor]:
+        """A copy on the CPU of this rank's share of all that changes in training.
+
+        Names are those of the model's tensors, so that any number of ranks can load it again:
+        `model/<name>` and `optimizer/<name>/<key>`. Every tensor is in one rank's share.
+
+        Args:
+            frozen: With the weights that do not learn.
+        """
+        found: dict[str, Tensor] = {}
+        for name, tensor in own_tensors(self.model, frozen).items():
+            if self._mine(name):
+                found[f"model/{name}"] = _copy(tensor)
+        for name, parameter in self.model.named_parameters():
+            if self._mine(name):
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    found[f"optimizer/{name}/{key}"] = _copy(value.reshape(value.shape or (1,)))
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave, all ranks at once, each with whatever share of it.
+
+        Raises:
+            ValueError: Naming the first tensor that one side lacks or that has another shape.
+        """
+        named = dict(self.model.named_parameters())
+        places = own_tensors(self.model, frozen=True)
+        states: dict[str, dict[str, Tensor]] = {}
+        for key, value in exchanged(tensors, self.world):
+            kind, _, name = key.partition("/")
+            if kind == "model":
+                with torch.no_grad():
+                    checked(places, name, value).copy_(value)
+            else:
+                name, _, entry = name.rpartition("/")
+                states.setdefault(name, {})[entry] = value
+        for name in states.keys() - named.keys():
+            raise ValueError(f"the model has no parameter {name!r}, which the checkpoint optimizes")
+        self.optimizer.state.clear()
+        for name, state in states.items():
+            self.optimizer.state[named[name]] = {
+                key: value.reshape(()).clone() if key == STEP else value.to(named[name].device)
+                for key, value in state.items()
+            }
+
+    def whole(self) -> nn.Module:
+        """The model with all its weights, for rank 0 to use and save."""
+        return self.model
+
+    def _mine(self, name: str) -> bool:
+        return owner(name, self.world.size) == self.world.rank.number
+
+
+def own_tensors(model: nn.Module, frozen: bool) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once; without `frozen` those that learn only."""
+    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    buffers = model.named_buffers() if frozen else ()
+    for name, tensor in [*model.named_parameters(), *buffers]:
+        learns = tensor.requires_grad or frozen
+        if learns and not (tensor.data_ptr() in seen and tensor.numel()):
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def owner(name: str, size: int) -> int:
+    """The rank that saves a tensor: spread by name, the same on every rank."""
+    return sum(name.encode()) % size
+
+
+def checked(places: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
+    """Where a tensor goes; ValueError when there is no such place."""
+    if name not in places:
+        raise ValueError(f"tensor {name!r} is missing from the model")
+    if places[name].shape != value.shape:
+        raise ValueError(
+            f"tensor {name!r} has shape {tuple(value.shape)}, the model expects "
+            f"{tuple(places[name].shape)}"
+        )
+    return places[name]
+
+
+def exchanged(tensors: Mapping[str, Tensor], world: World) -> list[tuple[str, Tensor]]:
+    """All ranks' tensors on every rank, by name; each comes from the first rank that has it."""
+    if world.size == 1:
+        return sorted(tensors.items())
+    described = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
+    sources: dict[str, tuple[int, Any]] = {}
+    for rank, found in enumerate(world.gather(described)):
+        for key, shape_and_type in found.items():
+            sources.setdefault(key, (rank, shape_and_type))
+    result = []
+    for key in sorted(sources):
+        rank, (shape, dtype) = sources[key]
+        value = tensors[key].contiguous() if key in tensors else torch.empty(shape, dtype=dtype)
+        torch.distributed.broadcast(value, src=rank)
+        result.append((key, value))
+    return result
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()

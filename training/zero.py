@@ -1,0 +1,210 @@
+"""ZeRO-1, 2 and 3 by DeepSpeed: ranks share optimizer state, gradients and weights.
+
+Weights and their updates are float32 under autocast, as in plain torch, so that a recipe's loss
+curve does not depend on how it is run. Only DeepSpeed's parts are used that keep no files: its
+checkpoints are pickles, ours are tensors by name that any number of ranks can load.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sailyard.recipe import Optimization
+from training.learner import STEP, Learner, checked, exchanged
+from training.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroLearner(Learner):
+    """A model and AdamW in a DeepSpeed engine.
+
+    Raises ValueError for an optimizer other than AdamW: Muon needs whole matrices, and ranks hold
+    slices of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: Optimization,
+        world: World,
+        micro_batch_size: int,
+    ) -> None:
+        if type(optimizer) is not torch.optim.AdamW:
+            raise ValueError(
+                f"parallel is {recipe.parallel}, which shares optimizer state in slices, and "
+                f"{type(optimizer).__name__} needs whole matrices: set optimizer to adamw, or "
+                "parallel to ddp"
+            )
+        self.model, self.world = model, world
+        self.clip_norm, self.dtype = recipe.clip_norm, recipe.dtype
+        self.stage = int(recipe.parallel.removeprefix("zero"))
+        deepspeed = _deepspeed(world)
+        self._engine, self._sharded, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=self._config(recipe, micro_batch_size),
+            dist_init_required=False,
+        )
+        self.optimizer = self._sharded.optimizer
+        self._make_states()
+
+    def _config(self, recipe: Optimization, micro_batch_size: int) -> dict[str, Any]:
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "overlap_comm": self.world.device.type != "cpu",
+        }
+        if recipe.offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        return {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": 1,  # the boundary is set by hand
+            "gradient_clipping": recipe.clip_norm,
+            "zero_allow_untested_optimizer": True,
+            # DeepSpeed's own CPU Adam is compiled on first use; torch's fused one is as exact.
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": zero,
+            "torch_autocast": {"enabled": recipe.dtype == "bfloat16", "dtype": "bfloat16"},
+        }
+
+    def forward(self, last: bool, **inputs: Any) -> Any:
+        self._engine.set_gradient_accumulation_boundary(last)
+        with self.precision():
+            return self._engine(**inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def update(self, lr: float) -> float:
+        """As in plain torch: DeepSpeed, too, leaves a step out whose norm is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return math.inf if norm is None else float(norm)
+
+    def part_norms(self, parts: Mapping[str, nn.Module]) -> dict[str, float]:
+        """None: the gradients lie in slices that do not end where parts do."""
+        return {}
+
+    def tensors(self, *, frozen: bool = True) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        found: dict[str, Tensor] = {}
+        steps = [state[STEP] for state in self.optimizer.state.values() if STEP in state]
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                # Every rank takes part in gathering, one keeps the result.
+                gathered = {f"model/{name}": safe_get_full_fp32_param(parameter)}
+                for key in MOMENTS if steps else ():
+                    moment = safe_get_full_optimizer_state(parameter, key)
+                    gathered[f"optimizer/{name}/{key}"] = moment
+                if steps:
+                    gathered[f"optimizer/{name}/{STEP}"] = steps[0].reshape(1)
+            elif frozen:
+                with self._gathered(parameter):
+                    gathered = {f"model/{name}": parameter.detach()}
+                    if self._mine(name):
+                        found |= {key: value.cpu().clone() for key, value in gathered.items()}
+                continue
+            else:
+                continue
+            if self._mine(name):
+                found |= {key: value.detach().cpu().clone() for key, value in gathered.items()}
+        if frozen:
+            for name, buffer in self.model.named_buffers():
+                if self._mine(name):
+                    found[f"model/{name}"] = buffer.detach().cpu().clone()
+        return found
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        named = dict(self.model.named_parameters())
+        buffers = dict(self.model.named_buffers())
+        for key, value in exchanged(tensors, self.world):
+            kind, _, name = key.partition("/")
+            if kind == "model" and name in buffers:
+                checked(buffers, name, value).copy_(value)
+            elif kind == "model":
+                self._set_weight(named, name, value)
+                if named[name].requires_grad:
+                    safe_set_full_fp32_param(named[name], value)
+            else:
+                name, _, entry = name.rpartition("/")
+                if name not in named:
+                    raise ValueError(f"the model has no parameter {name!r} to optimize")
+                if entry == STEP:
+                    for state in self.optimizer.state.values():
+                        state[STEP].copy_(value[0])
+                else:
+                    safe_set_full_optimizer_state(named[name], value, entry)
+
+    def whole(self) -> nn.Module:
+        """The model with all its weights; under ZeRO-3 a new one, on rank 0 alone."""
+        if self.stage < 3:
+            return self.model
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            with self._gathered(parameter):
+                if self.world.rank.number == 0:
+                    weights[name] = parameter.detach().cpu().clone()
+        if self.world.rank.number:
+            return self.model
+        model = type(self.model)(self.model.config)
+        model.load_state_dict({**weights, **dict(self.model.named_buffers())}, strict=False)
+        missing = [name for name, _ in model.named_parameters() if name not in weights]
+        assert not missing, missing
+        return model.to(self.world.device)
+
+    def _set_weight(self, named: Mapping[str, nn.Parameter], name: str, value: Tensor) -> None:
+        if name not in named:
+            raise ValueError(f"tensor {name!r} is missing from the model")
+        with self._gathered(named[name], modifier_rank=0), torch.no_grad():
+            # Outside this block a ZeRO-3 parameter is empty.
+            checked({name: named[name].detach()}, name, value).copy_(value)
+
+    @contextmanager
+    def _gathered(
+        self, parameter: nn.Parameter, modifier_rank: int | None = None
+    ) -> Iterator[None]:
+        if self.stage < 3:
+            yield
+            return
+        with _deepspeed(self.world).zero.GatheredParameters([parameter], modifier_rank):
+            yield
+
+    def _make_states(self) -> None:
+        """Moments of zero, as the first step would make them: a checkpoint may come before."""
+        if self.stage == 3:  # which leaves the optimizer's own groups empty between steps
+            flats = self._sharded.fp32_partitioned_groups_flat
+        else:
+            flats = [flat for group in self.optimizer.param_groups for flat in group["params"]]
+        for flat in flats:
+            self.optimizer.state[flat] = {
+                STEP: torch.zeros((), device=flat.device),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        if self.stage < 3:
+            # DeepSpeed makes this link after the step of its first parameter group, when the
+            # others have no state yet.
+            self._sharded._lazy_init_hp_params_optimizer_state()
+
+
+def _deepspeed(world: World) -> Any:
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # On CPUs it would compile a shared-memory all-reduce, which needs a compiler and half a
+    # minute; gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
