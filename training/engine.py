@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from model.modeling import SailVLForConditionalGeneration, freeze_except
+from model.moe import RouterMeter
 from model.processor import Encoded
 from sailyard.recipe import TrainRecipe
 from training.learner import Learner
@@ -34,6 +35,7 @@ class StepResult:
     grad_norm: float  # before clipping
     part_norms: dict[str, float]  # of each part's gradient; empty where ranks hold slices of it
     num_labels: int
+    router: dict[str, float]  # health of the experts on this rank's rows, empty for dense models
 
     @property
     def finite(self) -> bool:
@@ -60,6 +62,7 @@ class Engine:
         freeze_except(model, recipe.trainable)
         if recipe.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._top_k = model.config.text_config.num_experts_per_tok if model.config.is_moe else 0
         kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
         optimizer = kind(self._groups(), lr=recipe.lr, betas=recipe.betas, fused=True)
         self.learner = make_learner(model, optimizer, recipe, self.world)
@@ -122,6 +125,7 @@ class Engine:
         # Per source the sum of losses and their number, then the balance loss.
         totals = np.zeros(2 * num_sources + 1)
         num_micro = math.ceil(len(rows) / self.recipe.micro_batch_size)
+        self._router = RouterMeter(self._top_k) if self._top_k else None
         for number, (micro_rows, micro_sources) in enumerate(self._micro_batches(rows, sources)):
             last = number == num_micro - 1
             losses, weights, source_of_label, aux_loss = self._forward(
@@ -147,6 +151,7 @@ class Engine:
             grad_norm=grad_norm,
             part_norms=part_norms,
             num_labels=int(num_labels),
+            router=self._router.health().summary() if self._router is not None else {},
         )
 
     def _denominator(self, rows: Sequence[Sequence[Encoded]]) -> float:
@@ -178,6 +183,8 @@ class Engine:
             labels=batch["labels"],
             use_cache=False,
         )
+        if self._router is not None:
+            self._router.add(output.router_logits, batch["segment_ids"].reshape(-1) != 0)
         segments = batch["segment_ids"][output.label_rows, output.label_cols]
         width = max(len(row) for row in sources) + 1
         table = torch.zeros(len(rows), width, dtype=torch.long)

@@ -13,6 +13,7 @@ import torch
 
 from model.modeling import SailVLForConditionalGeneration
 from sailyard.plan.flops import Cost
+from sailyard.plan.hardware import GPUS
 from sailyard.recipe import TrainRecipe
 from training.balance import sample_cost
 from training.stream import StreamBatch
@@ -78,7 +79,8 @@ class Meter:
         """Since the last reading: `*_per_second` over all ranks; `data_wait`, share of the time;
         `padding`, share of slots; `imbalance`, dearest rank over the mean; model TFLOP/s of all
         ranks, vision (with adapter) and language apart, a backward counted as two forwards;
-        `memory_gb`, this rank's peak so far."""
+        `memory_gb`, this rank's peak so far; `mfu`, share of the GPUs' dense bf16 peak, where that
+        is known."""
         window, self._window = self._window, _Window()
         seconds = max(window.seconds, 1e-9)
         return {
@@ -91,7 +93,20 @@ class Meter:
             "tflops_vision": 3 * window.flops.vision / seconds / 1e12,
             "tflops_language": 3 * window.flops.language / seconds / 1e12,
             "memory_gb": _peak_memory_gb(self._world.device),
+            **self._mfu(3 * window.flops.total / seconds),
         }
+
+    def _mfu(self, flops_per_second: float) -> dict[str, float]:
+        if self._world.device.type != "cuda":
+            return {}
+        peak = peak_flops(torch.cuda.get_device_name(self._world.device))
+        return {} if peak is None else {"mfu": flops_per_second / self._world.size / peak}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name, None for one that is not listed."""
+    words = device_name.lower().replace("-", " ").split()
+    return next((gpu.peak_flops for name, gpu in GPUS.items() if name in words), None)
 
 
 def _peak_memory_gb(device: torch.device) -> float:

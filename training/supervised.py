@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,13 @@ class _Progress:
 
     losses: list[float] = field(default_factory=list)  # of good steps
     tokens: int = 0
+    samples: str = ""  # chained sha256 of every step's sample ids, in order
+
+    def saw(self, batch: StreamBatch) -> None:
+        """Count a batch."""
+        self.tokens += sum(len(encoded.input_ids) for row in batch.rows for encoded in row)
+        seen = "\n".join([self.samples, *batch.ids]).encode()
+        self.samples = hashlib.sha256(seen).hexdigest()
 
 
 class SupervisedRun:
@@ -181,7 +189,7 @@ class SupervisedRun:
         if verdict == "roll back":
             self._go_back(step, result)
             return
-        self.progress.tokens += sum(len(e.input_ids) for row in batch.rows for e in row)
+        self.progress.saw(batch)
         if verdict == "bad":
             self.ctx.metric(step, **{f"{self._prefix}bad_steps": self.guard.state.num_bad})
             return
@@ -217,7 +225,7 @@ class SupervisedRun:
                 values[f"loss/{self.stream.sources[index].name}"] = loss
         if (step + 1) % SPEED_EVERY == 0:
             values |= {f"grad_norm/{part}": norm for part, norm in result.part_norms.items()}
-            values |= self.meter.read()
+            values |= result.router | self.meter.read()
         self.ctx.metric(step, **{f"{self._prefix}{k}": v for k, v in values.items()})
         note = f"{self._prefix}loss {result.loss:.3f} lr {lr:.1e}"
         self.ctx.progress(step + 1, self.total_steps, note)
@@ -236,6 +244,7 @@ class SupervisedRun:
             "arm": self.arm,
             "losses": self.progress.losses,
             "tokens": self.progress.tokens,
+            "samples": self.progress.samples,
             "stream": self.stream.state(),
             "adalrs": self.adalrs.dump() if self.adalrs else None,
             "guard": self.guard.dump(),
@@ -244,7 +253,7 @@ class SupervisedRun:
         }
 
     def _load(self, scalars: Mapping[str, Any], trial: dict[str, torch.Tensor]) -> None:
-        self.progress = _Progress(list(scalars["losses"]), scalars["tokens"])
+        self.progress = _Progress(list(scalars["losses"]), scalars["tokens"], scalars["samples"])
         self.digests_before = scalars["digests_before"]
         self.stream.load(scalars["stream"])
         self.guard.load(scalars["guard"])
@@ -265,6 +274,7 @@ class SupervisedRun:
             "tokens": self.progress.tokens,
             "tokens_per_second": tokens_per_second,
             "ranks": self.world.size,
+            "sample_order": self.progress.samples,
             "loss_first": sum(losses[:edge]) / edge,
             "loss_last": sum(losses[-edge:]) / edge,
             "bad_steps": self.guard.state.num_bad,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from sailyard.lineage import Database, Point, records
+from sailyard.stage.exposition import Exposition
 from sailyard.stage.recorder import ProgressLines
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,21 @@ class LiveRecorder:
     """
 
     def __init__(
-        self, database: Database, stage_run_id: int, stage_name: str, channel: int | None
+        self,
+        database: Database,
+        stage_run_id: int,
+        stage_name: str,
+        channel: int | None,
+        exposition: Exposition | None = None,
     ) -> None:
-        """Args: channel: Pipe to the supervisor's progress bar; None prints lines instead."""
+        """Args:
+        channel: Pipe to the supervisor's progress bar; None prints lines instead.
+        exposition: Shows the newest figures to a scraper.
+        """
         self._database = database
         self._stage_run_id = stage_run_id
         self._channel = channel
+        self._exposition = exposition
         self._lines = ProgressLines(stage_name)
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -49,6 +59,8 @@ class LiveRecorder:
 
     def close(self) -> None:
         """Write what is left and stop; raises what the database raises."""
+        if self._exposition is not None:
+            self._exposition.close()
         self._end.set()
         self._thread.join()
         self._flush()
@@ -57,6 +69,8 @@ class LiveRecorder:
 
     def metric(self, step: int, values: Mapping[str, float]) -> None:
         """Queue points of several series at one step."""
+        if self._exposition is not None:
+            self._exposition.metric(values)
         with self._lock:
             if len(self._points) >= MAX_WAITING:
                 self._dropped += len(values)
@@ -65,6 +79,8 @@ class LiveRecorder:
 
     def progress(self, done: int, total: int, note: str) -> None:
         """Show progress, and keep it for the next batch."""
+        if self._exposition is not None:
+            self._exposition.progress(done, total)
         with self._lock:
             self._progress = (done, total, note)
         if self._channel is None:

@@ -20,6 +20,7 @@ from sailyard.pipeline import Stage
 from sailyard.stage.checkpoints import Checkpoints
 from sailyard.stage.context import StageContext
 from sailyard.stage.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUME, StageError, StopRequested
+from sailyard.stage.exposition import Exposition
 from sailyard.stage.live import LiveRecorder
 from sailyard.stage.results import StageResult, global_key, write_result, write_run_copy
 
@@ -118,7 +119,9 @@ class _Attempt:
             self.inputs,
             resumes=self.checkpoints.exist(),
         )
-        recorder = LiveRecorder(self.yard.database, stage_run_id, self.stage.name, self.channel)
+        recorder = LiveRecorder(
+            self.yard.database, stage_run_id, self.stage.name, self.channel, self._exposition()
+        )
         self.checkpoints = Checkpoints(
             self.yard.store, self.key, self.work / "resume", before_pointer=recorder.flush
         )
@@ -137,6 +140,18 @@ class _Attempt:
             print(self.yard.redact(traceback.format_exc()), flush=True)
         error = self.yard.redact(error)
         return self._conclude(status, error, outputs, context, recorder, stage_run_id)
+
+    def _exposition(self) -> Exposition | None:
+        """An endpoint for a scraper, if the settings ask for one; a port that is taken is worth a
+        line in the log, not the stage."""
+        port = self.yard.settings.metrics_port
+        if port is None:
+            return None
+        try:
+            return Exposition(port, self.stage.name, self.run.id)
+        except OSError as error:
+            print(f"{self.stage.name}: no metrics on port {port}: {error}", flush=True)
+            return None
 
     def _context(self, recorder: LiveRecorder) -> StageContext:
         return StageContext(

@@ -12,7 +12,7 @@ from training.guard import MEDIAN_OF, Diverged, Guard, OutOfMemory, within_memor
 
 
 def result(loss: float, norm: float = 1.0) -> StepResult:
-    return StepResult(loss, 0.0, {}, norm, {}, 10)
+    return StepResult(loss, 0.0, {}, norm, {}, 10, {})
 
 
 def test_a_bad_step_is_counted_and_forgotten_after_a_good_one() -> None:

@@ -79,12 +79,18 @@ def losses(folder: Path) -> list[float]:
     return [values["loss"] for _, values in points if "loss" in values]
 
 
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return found
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "work" / STAGE / "out" / "checkpoint" / "model.safetensors")
 
 
 def assert_same(folder: Path, other: Path, tolerance: float) -> None:
     assert losses(folder) == pytest.approx(losses(other), abs=tolerance)
+    assert summary(folder)["sample_order"] == summary(other)["sample_order"]
     expected = weights(other)
     for name, tensor in weights(folder).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0, msg=name)
@@ -104,7 +110,7 @@ def test_two_ranks_give_the_loss_curve_of_one(
     assert start(tmp_path, materials, ranks=2, **WAYS[way]).wait() == 0
     assert len(losses(tmp_path)) == SETTINGS["max_steps"]
     assert_same(tmp_path, alone, 1e-5)
-    assert json.loads((tmp_path / "summary.json").read_text())["ranks"] == 2
+    assert summary(tmp_path)["ranks"] == 2
 
 
 def test_muon_takes_whole_matrices_on_two_ranks(materials: dict[str, Path], tmp_path: Path) -> None:
@@ -143,6 +149,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert not (tmp_path / "summary.json").exists()
     assert start(tmp_path, materials, then).wait() == 0
     assert 0 < len(losses(tmp_path)) < SETTINGS["max_steps"]
+    # Every remaining sample once, in the same order.
+    assert summary(tmp_path)["sample_order"] == summary(alone)["sample_order"]
     expected = weights(alone)
     for name, tensor in weights(tmp_path).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0, msg=name)
@@ -161,6 +169,8 @@ def test_two_ranks_killed_again_and_again_end_with_the_same_weights(
         process = start(killed, materials, 2, **steps)
         stop_after_a_checkpoint(process, killed, materials, number, moments.random() * 0.3, **steps)
     assert start(killed, materials, 2, **steps).wait() == 0
+    undisturbed = summary(tmp_path / "undisturbed")
+    assert summary(killed)["sample_order"] == undisturbed["sample_order"]
     expected = weights(tmp_path / "undisturbed")
     for name, tensor in weights(killed).items():
         assert torch.equal(tensor, expected[name]), name
