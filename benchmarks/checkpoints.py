@@ -55,6 +55,7 @@ def measure(learner: Learner, checkpoints: Checkpoints, folder: Path, repeats: i
         checkpoints.save(at, directory, rank)
 
     rows = []
+    copy: dict[str, torch.Tensor] = {}
     for _ in range(repeats):
         step += 1
         started = time.perf_counter()
@@ -62,8 +63,8 @@ def measure(learner: Learner, checkpoints: Checkpoints, folder: Path, repeats: i
         blocking = time.perf_counter() - started
         step += 1
         started = time.perf_counter()
-        tensors, directory, at = learner.tensors(), folder / str(step), step
-        saver.start(directory, partial(save, directory, tensors, at))
+        copy = learner.tensors(into=copy)
+        saver.start(folder / str(step), partial(save, folder / str(step), copy, step))
         pause = time.perf_counter() - started
         saver.wait()
         rows.append((blocking, pause))

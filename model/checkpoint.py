@@ -87,8 +87,8 @@ def build_model(
     text_config = language.config if isinstance(language, PreTrainedModel) else language
     _check_language(text_config.model_type, "the decoder given")
     config = SailVLConfig(
-        vision_config=vision_config.to_dict(),
-        text_config=text_config.to_dict(),
+        vision_config=_portable(vision_config),
+        text_config=_portable(text_config),
         image_token_id=image_token_id,
         downsample=downsample,
         router_global_balance=router_global_balance,
@@ -105,6 +105,11 @@ def build_model(
         torch.manual_seed(seed)
         start_adapter(model.mlp1, model.get_input_embeddings().weight)
     return model
+
+
+def _portable(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config without the place it was read from: the same checkpoint anywhere is the same."""
+    return {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
 
 
 def build_from_recipe(

@@ -88,7 +88,9 @@ class Learner:
                 norms[name] = float(nn.utils.get_total_norm(gradients))
         return norms
 
-    def tensors(self, *, frozen: bool = True) -> dict[str, Tensor]:
+    def tensors(
+        self, *, frozen: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """A copy on the CPU of this rank's share of all that changes in training.
 
         Names are those of the model's tensors, so that any number of ranks can load it again:
@@ -96,15 +98,19 @@ class Learner:
 
         Args:
             frozen: With the weights that do not learn.
+            into: An earlier copy to write over, which is several times as fast as new memory.
         """
+        old = into or {}
         found: dict[str, Tensor] = {}
         for name, tensor in own_tensors(self.model, frozen).items():
             if self._mine(name):
-                found[f"model/{name}"] = _copy(tensor)
+                key = f"model/{name}"
+                found[key] = copied(tensor, old.get(key))
         for name, parameter in self.model.named_parameters():
             if self._mine(name):
-                for key, value in self.optimizer.state.get(parameter, {}).items():
-                    found[f"optimizer/{name}/{key}"] = _copy(value.reshape(value.shape or (1,)))
+                for entry, value in self.optimizer.state.get(parameter, {}).items():
+                    key = f"optimizer/{name}/{entry}"
+                    found[key] = copied(value.reshape(value.shape or (1,)), old.get(key))
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -189,5 +195,8 @@ def exchanged(tensors: Mapping[str, Tensor], world: World) -> list[tuple[str, Te
     return result
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def copied(tensor: Tensor, old: Tensor | None) -> Tensor:
+    """A copy on the CPU, in the memory of an old one of the same shape and type."""
+    if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+        return tensor.detach().to("cpu", copy=True).contiguous()
+    return old.copy_(tensor.detach())

@@ -54,6 +54,7 @@ class TrainingLoop:
         self.step = 0
         self._went_back = False
         self._saver = BackgroundSaver()
+        self._copy: dict[str, torch.Tensor] = {}
 
     def resume(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         """Go back to the stage's newest checkpoint, if it is of this arm.
@@ -122,8 +123,9 @@ class TrainingLoop:
         token = self.world.from_first(new_token())
         directory = self.ctx.scratch() / f"{self.name}-{self.step}"
         # An arm that follows another may freeze what that one trained.
-        copied = self.learner.tensors(frozen=self.first_step > 0)
-        tensors = {f"{LEARNER}{name}": value for name, value in copied.items()}
+        # Nothing reads the last copy any more, and memory that is there already is faster.
+        self._copy = self.learner.tensors(frozen=self.first_step > 0, into=self._copy)
+        tensors = {f"{LEARNER}{name}": value for name, value in self._copy.items()}
         tensors |= {f"{EXTRA}{name}": value.clone() for name, value in extra.items()}
         state = {**scalars, "loop_step": self.step}
         frozen_state: dict[str, Any] = _copied(state)

@@ -14,13 +14,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+# DeepSpeed chooses its accelerator when it is first imported.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 
 from sailyard.recipe import Optimization
-from training.learner import STEP, Learner, checked, exchanged
+from training.learner import STEP, Learner, checked, copied, exchanged
 from training.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# On CPUs DeepSpeed would compile a shared-memory all-reduce, which needs a compiler and half a
+# minute; gloo does the same.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class ZeroLearner(Learner):
@@ -47,7 +62,6 @@ class ZeroLearner(Learner):
         self.model, self.world = model, world
         self.clip_norm, self.dtype = recipe.clip_norm, recipe.dtype
         self.stage = int(recipe.parallel.removeprefix("zero"))
-        deepspeed = _deepspeed(world)
         self._engine, self._sharded, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -95,39 +109,32 @@ class ZeroLearner(Learner):
         """None: the gradients lie in slices that do not end where parts do."""
         return {}
 
-    def tensors(self, *, frozen: bool = True) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def tensors(
+        self, *, frozen: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        old, found = into or {}, {}
 
-        found: dict[str, Tensor] = {}
-        steps = [state[STEP] for state in self.optimizer.state.values() if STEP in state]
+        def keep(name: str, key: str, value: Tensor) -> None:
+            # Every rank takes part in gathering, one keeps the result.
+            if self._mine(name):
+                found[key] = copied(value, old.get(key))
+
+        step = next(iter(self.optimizer.state.values()))[STEP].reshape(1)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                # Every rank takes part in gathering, one keeps the result.
-                gathered = {f"model/{name}": safe_get_full_fp32_param(parameter)}
-                for key in MOMENTS if steps else ():
-                    moment = safe_get_full_optimizer_state(parameter, key)
-                    gathered[f"optimizer/{name}/{key}"] = moment
-                if steps:
-                    gathered[f"optimizer/{name}/{STEP}"] = steps[0].reshape(1)
+                keep(name, f"model/{name}", safe_get_full_fp32_param(parameter))
+                for entry in MOMENTS:
+                    moment = safe_get_full_optimizer_state(parameter, entry)
+                    keep(name, f"optimizer/{name}/{entry}", moment)
+                keep(name, f"optimizer/{name}/{STEP}", step)
             elif frozen:
                 with self._gathered(parameter):
-                    gathered = {f"model/{name}": parameter.detach()}
-                    if self._mine(name):
-                        found |= {key: value.cpu().clone() for key, value in gathered.items()}
-                continue
-            else:
-                continue
-            if self._mine(name):
-                found |= {key: value.detach().cpu().clone() for key, value in gathered.items()}
-        if frozen:
-            for name, buffer in self.model.named_buffers():
-                if self._mine(name):
-                    found[f"model/{name}"] = buffer.detach().cpu().clone()
+                    keep(name, f"model/{name}", parameter)
+        for name, buffer in self.model.named_buffers() if frozen else ():
+            keep(name, f"model/{name}", buffer)
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         named = dict(self.model.named_parameters())
         buffers = dict(self.model.named_buffers())
         for key, value in exchanged(tensors, self.world):
@@ -179,7 +186,7 @@ class ZeroLearner(Learner):
         if self.stage < 3:
             yield
             return
-        with _deepspeed(self.world).zero.GatheredParameters([parameter], modifier_rank):
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank):
             yield
 
     def _make_states(self) -> None:
@@ -197,14 +204,3 @@ class ZeroLearner(Learner):
             # DeepSpeed makes this link after the step of its first parameter group, when the
             # others have no state yet.
             self._sharded._lazy_init_hp_params_optimizer_state()
-
-
-def _deepspeed(world: World) -> Any:
-    if world.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    # On CPUs it would compile a shared-memory all-reduce, which needs a compiler and half a
-    # minute; gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -14,6 +14,7 @@ from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoConfig, Qwen3F
 from model.checkpoint import (
     CheckpointError,
     build_from_recipe,
+    build_model,
     load_language,
     load_model,
     load_vision,
@@ -42,6 +43,17 @@ def test_round_trip(tmp_path, moe):
     assert "model.safetensors" in names
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_checkpoint_does_not_say_where_its_parts_were_read(tmp_path):
+    trained = network()
+    save_vision(tmp_path / "vision", trained.vision_model)
+    save_language(tmp_path / "language", trained.language_model, tokenizer())
+    vision = load_vision(tmp_path / "vision")
+    language, _ = load_language(tmp_path / "language")
+    joined = build_model(vision, language, image_token_id=trained.config.image_token_id)
+    save_model(tmp_path / "joined", joined, processor())
+    assert str(tmp_path) not in (tmp_path / "joined" / "config.json").read_text()
 
 
 def test_expert_weights_are_stored_one_by_one_as_qwen_does(tmp_path):
