@@ -103,7 +103,8 @@ def stage_run(
     Exit status 0: finished, now or before. 75: stopped, run it again. 1: failed.
     """
     from sailyard.runs import load_run
-    from sailyard.stage.ranks import Rank, be_alone, run_ranks
+    from sailyard.stage.ranks import Rank, be_alone
+    from sailyard.stage.torchrun import run_ranks
     from sailyard.yard import Yard
 
     yard = Yard()
