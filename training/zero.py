@@ -1,8 +1,9 @@
 """ZeRO-1, 2 and 3 by DeepSpeed: ranks share optimizer state, gradients and weights.
 
-Weights and their updates are float32 under autocast, as in plain torch, so that a recipe's loss
-curve does not depend on how it is run. Only DeepSpeed's parts are used that keep no files: its
-checkpoints are pickles, ours are tensors by name that any number of ranks can load.
+With dtype float32 a recipe's loss curve is that of plain torch. With bfloat16 ranks hold weights in
+bf16 and their slice of float32 master weights, where plain torch holds float32 under autocast: half
+the memory, and losses that agree to bf16's precision. Only DeepSpeed's parts are used that keep no
+files: its checkpoints are pickles, ours are tensors by name that any number of ranks can load.
 """
 
 from __future__ import annotations
@@ -62,6 +63,13 @@ class ZeroLearner(Learner):
         self.model, self.world = model, world
         self.clip_norm, self.dtype = recipe.clip_norm, recipe.dtype
         self.stage = int(recipe.parallel.removeprefix("zero"))
+        self._half = recipe.dtype == "bfloat16"
+        # DeepSpeed rounds every weight to bf16 and keeps float32 only of those that learn.
+        self._frozen = {
+            name: copied(parameter, None)
+            for name, parameter in model.named_parameters()
+            if self._half and not parameter.requires_grad and (self._mine(name) or self._first)
+        }
         self._engine, self._sharded, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -86,13 +94,13 @@ class ZeroLearner(Learner):
             # DeepSpeed's own CPU Adam is compiled on first use; torch's fused one is as exact.
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": zero,
-            "torch_autocast": {"enabled": recipe.dtype == "bfloat16", "dtype": "bfloat16"},
+            "bf16": {"enabled": self._half},
+            "data_types": {"grad_accum_dtype": "fp32"},
         }
 
     def forward(self, last: bool, **inputs: Any) -> Any:
         self._engine.set_gradient_accumulation_boundary(last)
-        with self.precision():
-            return self._engine(**inputs)
+        return self._engine(**inputs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
@@ -127,6 +135,9 @@ class ZeroLearner(Learner):
                     moment = safe_get_full_optimizer_state(parameter, entry)
                     keep(name, f"optimizer/{name}/{entry}", moment)
                 keep(name, f"optimizer/{name}/{STEP}", step)
+            elif frozen and self._half:
+                if self._mine(name):
+                    found[f"model/{name}"] = self._frozen[name]
             elif frozen:
                 with self._gathered(parameter):
                     keep(name, f"model/{name}", parameter)
@@ -145,6 +156,8 @@ class ZeroLearner(Learner):
                 self._set_weight(named, name, value)
                 if named[name].requires_grad:
                     safe_set_full_fp32_param(named[name], value)
+                elif name in self._frozen:
+                    self._frozen[name].copy_(value)
             else:
                 name, _, entry = name.rpartition("/")
                 if name not in named:
@@ -156,21 +169,33 @@ class ZeroLearner(Learner):
                     safe_set_full_optimizer_state(named[name], value, entry)
 
     def whole(self) -> nn.Module:
-        """The model with all its weights; under ZeRO-3 a new one, on rank 0 alone."""
-        if self.stage < 3:
+        """The model with all its weights in float32; where that is a new one, on rank 0 alone."""
+        if self.stage < 3 and not self._half:
             return self.model
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            with self._gathered(parameter):
-                if self.world.rank.number == 0:
-                    weights[name] = parameter.detach().cpu().clone()
-        if self.world.rank.number:
+            if parameter.requires_grad:
+                full = safe_get_full_fp32_param(parameter)
+                if self._first:
+                    weights[name] = copied(full, None)
+            elif self._half:
+                if self._first:
+                    weights[name] = self._frozen[name]
+            else:
+                with self._gathered(parameter):
+                    if self._first:
+                        weights[name] = copied(parameter, None)
+        if not self._first:
             return self.model
-        model = type(self.model)(self.model.config)
-        model.load_state_dict({**weights, **dict(self.model.named_buffers())}, strict=False)
-        missing = [name for name, _ in model.named_parameters() if name not in weights]
-        assert not missing, missing
+        model = type(self.model)(self.model.config).float()
+        model.load_state_dict(weights, strict=False)  # tied weights are named once
+        absent = [name for name, _ in model.named_parameters() if name not in weights]
+        assert not absent, absent
         return model.to(self.world.device)
+
+    @property
+    def _first(self) -> bool:
+        return self.world.rank.number == 0
 
     def _set_weight(self, named: Mapping[str, nn.Parameter], name: str, value: Tensor) -> None:
         if name not in named:

@@ -16,13 +16,17 @@ from sailyard.recipe import load_recipe
 from sailyard.samples import write_samples
 
 
-def make_materials(folder: Path, recipe: str) -> dict[str, Path]:
+def make_materials(
+    folder: Path, recipe: str, num_texts: int = 80, num_pictures: int = 30
+) -> dict[str, Path]:
     """Name -> directory: text, pictures, mixed (both), language, model."""
     torch.set_num_threads(1)
     shape = load_recipe(recipe).model
-    text = list(text_samples(80, np.random.default_rng(0)))
+    text = list(text_samples(num_texts, np.random.default_rng(0)))
     write_samples(folder / "text", text)
-    pictures = list(reference_samples(30, np.random.default_rng(1), shape.vision.image_size))
+    pictures = list(
+        reference_samples(num_pictures, np.random.default_rng(1), shape.vision.image_size)
+    )
     write_samples(folder / "pictures", pictures)
     write_samples(folder / "mixed", [*pictures, *text])
     tokenizer = train_tokenizer((m["content"] for s in text for m in s.messages), 600)

@@ -113,6 +113,24 @@ def test_two_ranks_give_the_loss_curve_of_one(
     assert summary(tmp_path)["ranks"] == 2
 
 
+@pytest.mark.parametrize("way", ["zero1", "zero2", "zero3"])
+def test_bf16_keeps_float32_master_weights(
+    way: str, alone: Path, materials: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {"dtype": "bfloat16", "trainable": '["vision","adapter"]', **WAYS[way]}
+    assert start(tmp_path / "one", materials, 1, **settings).wait() == 0
+    assert start(tmp_path / "two", materials, 2, **settings).wait() == 0
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    trained, before = weights(tmp_path / "two"), load_file(materials["model"] / "model.safetensors")
+    for name, tensor in trained.items():
+        assert tensor.dtype == torch.float32, name
+        if name.startswith("language_model"):
+            assert torch.equal(tensor, before[name]), name
+        elif tensor.dim() == 2:
+            # The rate moves weights by less than bf16 can tell.
+            assert not torch.equal(tensor, tensor.bfloat16().float()), name
+
+
 def test_muon_takes_whole_matrices_on_two_ranks(materials: dict[str, Path], tmp_path: Path) -> None:
     settings = {"optimizer": "muon", "parallel": "ddp"}
     assert start(tmp_path / "one", materials, 1, **settings).wait() == 0
