@@ -113,11 +113,17 @@ def decoder_layer_bytes(network: Network, e: int, learns: bool) -> int:
 
 
 def tower_layer_bytes(network: Network, e: int) -> int:
-    """What one layer of a tower that learns keeps per patch; as in the decoder, without norms of
-    queries and keys."""
+    """What one layer of a tower that learns keeps per patch.
+
+    Norms, attention and SwiGLU as in the decoder, without norms of queries and keys. Tiles come out
+    of a convolution channel by channel, so each of the five matrices that read a norm makes its own
+    contiguous copy (three more than shared inputs would take); packed images copy once, when their
+    groups are put back in order.
+    """
     vision = network.shape.vision
     w, f = vision.hidden_size, vision.intermediate_size
-    return 2 * w * (4 + 2 * e) + 5 * w * e + 4 * f * e
+    copies = 1 if network.shape.any_resolution else 3
+    return 2 * w * (4 + 2 * e) + (4 + copies) * w * e + 4 * f * e
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +181,8 @@ def memory_of(
     weights: float = 4 * local if plain or e == 4 else 2 * local
     gathered = 0.0
     if zero == 3:
-        weights, whole = weights / shard, weights
+        whole = weights
+        weights = (4 if e == 4 else 2) * network.total / shard  # experts end up spread over all
         gathered = min(2 * e * network.largest_block, whole - weights)
     if plain and e == 2:  # autocast's copies, which the backward pass reads
         gathered = 2.0 * sum(network.params(part) for part in PARTS if learning.passes(part))
@@ -224,7 +231,9 @@ def _local(params: int, experts: int, layout: Layout) -> float:
 def _check(network: Network, layout: Layout) -> None:
     moe = network.shape.language.moe
     if layout.offload and layout.parallel not in ("zero2", "zero3"):
-        raise ValueError("--offload needs --parallel zero2 or zero3: the others keep all on the GPU")
+        raise ValueError(
+            "--offload needs --parallel zero2 or zero3: the others keep all on the GPU"
+        )
     degree = layout.expert_parallel
     if degree > 1 and moe is None:
         raise ValueError(f"--expert-parallel {degree}: the recipe's model has no experts")
