@@ -14,7 +14,7 @@ from sailyard.cli.output import byte_size, console, print_json, print_table
 class ParallelChoice(StrEnum):
     """How a stage's state is spread over its GPUs."""
 
-    none = "none"
+    ddp = "ddp"
     zero1 = "zero1"
     zero2 = "zero2"
     zero3 = "zero3"
@@ -35,7 +35,10 @@ def plan(
         typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations."),
     ] = None,
     expert_parallel: Annotated[
-        int, typer.Option(help="Ranks that share one copy of the experts.")
+        int,
+        typer.Option(
+            help="Ranks that share one copy of the experts (the engine has no such groups yet)."
+        ),
     ] = 1,
     mfu: Annotated[
         float | None,
@@ -111,6 +114,12 @@ def _show(found: dict[str, Any]) -> None:
         "(its cache not counted)",
         *dict.fromkeys(f"{s['stage']}: {s['tokens_basis']}" for s in stages if s["assumed"]),
     ]
+    own = [s["stage"] for s in stages if s["recipe_layout"] and not s["recipe_layout"]["fits"]]
+    if own:
+        lines.append(
+            "with the recipe's own parallel, offload and activation_checkpointing these do not fit "
+            f"(set them as in the first table): {', '.join(dict.fromkeys(own))}"
+        )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     print_table("not planned", ("stage", "why"), list(found["not_planned"].items()))
@@ -124,7 +133,7 @@ def _memory_row(stage: dict[str, Any]) -> tuple[str, ...]:
     return (
         stage["stage"],
         stage["layout"]["words"],
-        byte_size(memory["weights"] + memory["gathered"]),
+        byte_size(memory["weights"] + memory["copies"] + memory["gathered"]),
         byte_size(memory["gradients"]),
         byte_size(memory["optimizer"]),
         byte_size(memory["activations"] + memory["logits"]),

@@ -1,13 +1,13 @@
 """Memory of one GPU in a training step: parameters, gradients, optimizer, activations.
 
-Parameters and their state follow the ZeRO paper (Rajbhandari et al. 2020, arXiv:1910.02054,
-section 3): two bytes of weight and of gradient, twelve of float32 master and Adam's moments for
-each parameter that learns. Activations are the tensors that autograd keeps, layer by layer, as the
-network's own code saves them; `tests/sailyard/test_plan_memory.py` holds both against what a small
-network really keeps.
+State follows `training/`: weights, gradients and moments are float32, forward passes run under
+autocast, and DeepSpeed's ZeRO keeps a float32 master beside the weights. What each stage shards is
+the ZeRO paper's (Rajbhandari et al. 2020, arXiv:1910.02054, section 5). Activations are the tensors
+that autograd keeps, layer by layer, as the network's own code saves them;
+`tests/sailyard/test_plan_memory.py` holds both against what a small network really keeps.
 
-Letters: D decoder width, Q query width, K key width, I feed-forward width (all visited experts
-together), W tower width, F its feed-forward width, V vocabulary; e bytes of a computed value.
+Letters: D decoder width, Q query width, K key width, I feed-forward width, W tower width, F its
+feed-forward width, V vocabulary; e bytes of a product: 2 under autocast, 4 in float32.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Literal
 
 from sailyard.plan.network import PARTS, Learning, Network
 
-Parallel = Literal["none", "zero1", "zero2", "zero3"]
-PARALLEL: tuple[Parallel, ...] = ("none", "zero1", "zero2", "zero3")
+Parallel = Literal["ddp", "zero1", "zero2", "zero3"]
+PARALLEL: tuple[Parallel, ...] = ("ddp", "zero1", "zero2", "zero3")
 
-MASTER_AND_MOMENTS = 12  # bytes: float32 weight, first and second moment
+MOMENTS = 8  # bytes: Adam's first and second
+MASTER = 4  # bytes: ZeRO's own copy of its share of the weights
 BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once (reduce_bucket_size, its default)
 
 
@@ -29,9 +30,9 @@ class Layout:
     """How a stage is spread over its GPUs.
 
     Attributes:
-        parallel: none is plain torch (float32 weights under autocast); zero1 shards the optimizer,
-            zero2 gradients too, zero3 weights too, all with bfloat16 weights and a float32 master.
-        offload: gradients' shards, master and moments live in the host's memory (ZeRO only).
+        parallel: as in the recipe: ddp is plain torch, all state on each GPU; zero1 shards the
+            optimizer, zero2 gradients too, zero3 weights too.
+        offload: master and moments, and gradients' shards, live in the host's memory (ZeRO only).
         checkpointing: a layer keeps its input only and is computed again in the backward pass.
         micro_batch: rows in one forward and backward pass.
         gpus: data-parallel ranks.
@@ -48,7 +49,7 @@ class Layout:
     @property
     def words(self) -> str:
         """For people."""
-        parts = ["plain" if self.parallel == "none" else f"ZeRO-{self.parallel[-1]}"]
+        parts = ["plain" if self.parallel == "ddp" else f"ZeRO-{self.parallel[-1]}"]
         parts += ["CPU offload"] if self.offload else []
         parts += ["activation checkpointing"] if self.checkpointing else []
         parts += [f"expert parallel {self.expert_parallel}"] if self.expert_parallel > 1 else []
@@ -60,7 +61,8 @@ class Memory:
     """Bytes on one GPU, and beside it on the host.
 
     Attributes:
-        weights: parameters as the forward pass reads them.
+        weights: float32 parameters.
+        copies: of weights in bfloat16, which autocast makes and the backward pass reads.
         gradients: of the parameters that learn, reduction bucket included.
         optimizer: float32 master and Adam's moments.
         activations: what autograd keeps of one micro-batch.
@@ -70,6 +72,7 @@ class Memory:
     """
 
     weights: int
+    copies: int
     gradients: int
     optimizer: int
     activations: int
@@ -82,6 +85,7 @@ class Memory:
         """On the GPU."""
         return (
             self.weights
+            + self.copies
             + self.gradients
             + self.optimizer
             + self.activations
@@ -93,16 +97,17 @@ class Memory:
 def decoder_layer_bytes(network: Network, e: int, learns: bool) -> int:
     """What one decoder layer keeps per token.
 
-    Each RMSNorm computes in float32: it keeps its input so (4), and for its weight's gradient the
-    normed value (e). Matrices keep their input for their gradient. Attention keeps query, output,
-    and keys and values repeated to the query's heads. SwiGLU keeps gate, silu(gate), up, product;
-    our fused experts keep gate and up alone.
+    A norm keeps its input in float32 and, for its weight's gradient, the normed value: float32 in
+    the residual stream, e in queries and keys. Matrices keep their input for their gradient; under
+    autocast each of the five that read the stream makes a copy of its own. Attention keeps query,
+    output, and keys and values repeated to the query's heads. SwiGLU keeps gate, silu(gate), up and
+    their product; our fused experts keep gate and up alone.
     """
     language = network.shape.language
     d, q, k = language.hidden_size, network.query_width, network.key_width
     size = 2 * 4 * d + 4 * (q + k) + 4 * q * e
-    if learns:  # inputs of norms' weights, of q, k, v, of o, and of the feed-forward
-        size += 2 * 2 * d * e + (q + k) * e + q * e
+    if learns:
+        size += 2 * 4 * d + (q + k) * e + (5 if e == 2 else 2) * d * e + q * e
     moe = language.moe
     if moe is None:
         return size + (4 if learns else 3) * language.intermediate_size * e
@@ -115,15 +120,15 @@ def decoder_layer_bytes(network: Network, e: int, learns: bool) -> int:
 def tower_layer_bytes(network: Network, e: int) -> int:
     """What one layer of a tower that learns keeps per patch.
 
-    Norms, attention and SwiGLU as in the decoder, without norms of queries and keys. Tiles come out
-    of a convolution channel by channel, so each of the five matrices that read a norm makes its own
-    contiguous copy (three more than shared inputs would take); packed images copy once, when their
-    groups are put back in order.
+    As in the decoder, without norms of queries and keys. In float32, too, tiles have five inputs of
+    matrices: they come out of a convolution channel by channel, so each makes a contiguous copy.
+    Packed images copy the output of attention when their groups are put back in order.
     """
     vision = network.shape.vision
     w, f = vision.hidden_size, vision.intermediate_size
-    copies = 1 if network.shape.any_resolution else 3
-    return 2 * w * (4 + 2 * e) + (4 + copies) * w * e + 4 * f * e
+    native = network.shape.any_resolution
+    inputs = (2 if native and e == 4 else 5) + (1 if native else 0)
+    return 2 * 2 * 4 * w + (4 + inputs) * w * e + 4 * f * e
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,15 +151,15 @@ def activations(network: Network, learning: Learning, e: int, checkpointing: boo
     visual = 0.0
     if learning.passes("vision"):
         layer = tower_layer_bytes(network, e)
-        layers = vision.num_layers * w * e + layer if checkpointing else vision.num_layers * layer
-        ends = 3 * vision.patch_size**2 * e + w * (4 + e) + w * (4 + e)
+        layers = vision.num_layers * w * 4 + layer if checkpointing else vision.num_layers * layer
+        ends = 3 * vision.patch_size**2 * e + w * (4 + e) + 2 * 4 * w
         visual += squares * (layers + ends)
-    if learning.passes("adapter"):  # input and output of LayerNorm, of GELU
-        visual += 2 * squares * w * e + 2 * d * e
+    if learning.passes("adapter"):  # LayerNorm's input and output, GELU's; what joins the words
+        visual += squares * w * (4 + e) + 2 * d * e + (4 * d if e == 2 else 0)
     learns = learning.learns("language")
     layer = decoder_layer_bytes(network, e, learns)
-    layers = language.num_layers * d * e + layer if checkpointing else language.num_layers * layer
-    token = layers + d * (4 + (e if learns else 0))
+    layers = language.num_layers * d * 4 + layer if checkpointing else language.num_layers * layer
+    token = layers + 4 * d * (2 if learns else 1)
     label = language.vocab_size * 4 + (d * e if learns else 0)
     return Activations(visual, token, label)
 
@@ -172,35 +177,28 @@ def memory_of(
         ValueError: a layout that does not exist.
     """
     _check(network, layout)
-    plain, zero = layout.parallel == "none", PARALLEL.index(layout.parallel)
-    shard = 1 if plain else layout.gpus
+    zero = PARALLEL.index(layout.parallel)
     local = _local(network.total, network.counted.experts, layout)
     trained = learning.trained(network)
-    local_trained = _local(trained, learning.trained_experts(network), layout)
 
-    weights: float = 4 * local if plain or e == 4 else 2 * local
-    gathered = 0.0
-    if zero == 3:
-        whole = weights
-        weights = (4 if e == 4 else 2) * network.total / shard  # experts end up spread over all
-        gathered = min(2 * e * network.largest_block, whole - weights)
-    if plain and e == 2:  # autocast's copies, which the backward pass reads
-        gathered = 2.0 * sum(network.params(part) for part in PARTS if learning.passes(part))
+    weights, gathered = 4 * local, 0.0
+    if zero == 3:  # experts end up spread over all
+        whole, weights = weights, 4 * network.total / layout.gpus
+        gathered = min(2 * 4 * network.largest_block, whole - weights)
 
-    grad_bytes = 4 if plain else e
-    gradients: float = grad_bytes * local_trained
-    # A whole matrix of experts lies on few ranks: its state is spread over all of them in the end.
-    optimizer: float = (8 if plain or e == 4 else MASTER_AND_MOMENTS) * trained / shard
-    if plain:
-        optimizer = 8 * local_trained
+    gradients = 4 * _local(trained, learning.trained_experts(network), layout)
     if zero >= 2:
-        sharded = grad_bytes * trained / shard
-        bucket = min(grad_bytes * BUCKET, max(gradients - sharded, 0))
+        sharded = 4 * trained / layout.gpus
+        bucket = min(4 * BUCKET, max(gradients - sharded, 0))
         gradients = bucket + (0 if layout.offload else sharded)
+    if zero:
+        optimizer = (MASTER + MOMENTS) * trained / layout.gpus
+    else:
+        optimizer = MOMENTS * _local(trained, learning.trained_experts(network), layout)
     host = 0.0
     if layout.offload:
-        host = optimizer + 4 * trained / shard  # float32 gradients beside master and moments
-        optimizer = 0
+        host = optimizer + 4 * trained / layout.gpus  # gradients beside master and moments
+        optimizer = 0.0
 
     kept = activations(network, learning, e, layout.checkpointing)
     tokens = seq_len * layout.micro_batch
@@ -212,6 +210,7 @@ def memory_of(
     worst_is_text = words >= pictures
     return Memory(
         weights=round(weights),
+        copies=round(copied(network, learning, layout) if e == 2 else 0),
         gradients=round(gradients),
         optimizer=round(optimizer),
         activations=round(
@@ -223,6 +222,21 @@ def memory_of(
     )
 
 
+def copied(network: Network, learning: Learning, layout: Layout) -> float:
+    """Bytes of bfloat16 weights that autocast makes where a gradient passes.
+
+    All of them wait for the backward pass. With checkpointing autocast still keeps those of weights
+    that learn to the end of the forward pass; frozen ones and experts, which are not autocast's,
+    go with their layer.
+    """
+    passing = [part for part in PARTS if learning.passes(part)]
+    if not layout.checkpointing:
+        experts = network.counted.experts if "language" in passing else 0
+        return 2 * _local(sum(network.params(part) for part in passing), experts, layout)
+    kept = learning.trained(network) - learning.trained_experts(network)
+    return 2.0 * (kept + network.largest_block)
+
+
 def _local(params: int, experts: int, layout: Layout) -> float:
     """Parameters of which this rank holds a copy when nothing else is sharded."""
     return params - experts + experts / layout.expert_parallel
@@ -230,9 +244,9 @@ def _local(params: int, experts: int, layout: Layout) -> float:
 
 def _check(network: Network, layout: Layout) -> None:
     moe = network.shape.language.moe
-    if layout.offload and layout.parallel not in ("zero2", "zero3"):
+    if layout.offload and layout.parallel == "ddp":
         raise ValueError(
-            "--offload needs --parallel zero2 or zero3: the others keep all on the GPU"
+            "--offload needs --parallel zero1, zero2 or zero3: ddp keeps all on the GPU"
         )
     degree = layout.expert_parallel
     if degree > 1 and moe is None:

@@ -32,11 +32,11 @@ KEPT_CHECKPOINTS = 2  # sailyard.stage.checkpoints
 # parallelism (ZeRO paper, section 7), ZeRO-3 half as much again, recomputation a forward pass, and
 # offload waits for the host's memory at every step.
 LADDER: tuple[tuple[Parallel, bool, bool], ...] = (
-    ("none", False, False),
+    ("ddp", False, False),
     ("zero1", False, False),
     ("zero2", False, False),
     ("zero3", False, False),
-    ("none", False, True),
+    ("ddp", False, True),
     ("zero1", False, True),
     ("zero2", False, True),
     ("zero3", False, True),
@@ -168,6 +168,7 @@ def _stage(work: Work, network: Network, options: Options, mfu: float) -> dict[s
         "recompute_flops": executed - work.flops,
         "rollout_flops": work.rollout_flops,
         "layout": {**asdict(layout), "words": layout.words, "accumulation": accumulation},
+        "recipe_layout": _recipe_layout(work, network, options),
         "busy_share": busy,
         "memory": {
             **asdict(memory),
@@ -180,7 +181,7 @@ def _stage(work: Work, network: Network, options: Options, mfu: float) -> dict[s
         "days": days,
         "gpu_hours": hours,
         "cost": hours * options.price,
-        **_storage(work, network, layout, options),
+        **_storage(work, network, options),
     }
 
 
@@ -189,7 +190,7 @@ def choose_layout(work: Work, network: Network, options: Options) -> Layout:
     rungs = list(_rungs(work, options))
     if not rungs:
         return Layout(
-            options.parallel or "none",
+            options.parallel or "ddp",
             bool(options.offload),
             bool(options.checkpointing),
             work.micro_batch,
@@ -247,7 +248,7 @@ def _changes(work: Work, layout: Layout, free: Options) -> Iterator[Layout]:
 def _rungs(work: Work, options: Options) -> Iterator[Layout]:
     for parallel, offload, checkpointing in LADDER:
         # One process is plain torch; several are DeepSpeed's.
-        odd = (options.gpus == 1) != (parallel == "none")
+        odd = (options.gpus == 1) != (parallel == "ddp")
         if options.parallel is None and not offload and odd:
             continue
         if (
@@ -265,6 +266,24 @@ def _rungs(work: Work, options: Options) -> Iterator[Layout]:
             )
 
 
+def _recipe_layout(work: Work, network: Network, options: Options) -> dict[str, Any] | None:
+    """What the recipe itself declares, and whether that fits; None where it declares nothing."""
+    section = work.section
+    if section is None:
+        return None
+    alone = options.gpus == 1 and not section.offload  # plain torch, whatever the recipe says
+    layout = Layout(
+        "ddp" if alone else section.parallel,
+        section.offload,
+        section.activation_checkpointing,
+        work.micro_batch,
+        options.gpus,
+    )
+    total = _memory(work, network, layout).total
+    fits = total <= options.gpu.usable_bytes
+    return {**asdict(layout), "words": layout.words, "total": total, "fits": fits}
+
+
 def _memory(work: Work, network: Network, layout: Layout) -> Memory:
     return memory_of(network, work.learning, layout, work.seq_len, e=work.value_bytes)
 
@@ -273,16 +292,14 @@ def _activations(work: Work, network: Network, layout: Layout, checkpointing: bo
     return _memory(work, network, replace(layout, checkpointing=checkpointing)).activations
 
 
-def _storage(work: Work, network: Network, layout: Layout, options: Options) -> dict[str, Any]:
+def _storage(work: Work, network: Network, options: Options) -> dict[str, Any]:
     """Bytes in the store: data, checkpoints under way, and what a stage leaves.
 
-    A checkpoint holds the weights (float32, or bfloat16 with a float32 master) and both moments.
+    A checkpoint holds weights and both moments of what learns, in float32; of a later arm the
+    frozen weights, too, which nothing else in the store has (training/loop.py).
     """
     trained = work.learning.trained(network)
-    if layout.parallel == "none" or work.value_bytes == 4:
-        checkpoint = 4 * network.total + 8 * trained
-    else:
-        checkpoint = 2 * network.total + 12 * trained
+    checkpoint = 12 * trained + (4 * (network.total - trained) if work.later_arm else 0)
     saves = max(work.steps - 1, 0) // work.checkpoint_every
     output = 4 * (network.total + network.counted.tied)
     return {

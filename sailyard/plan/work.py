@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from sailyard.pipeline import Pipeline
 from sailyard.plan.flops import FlopModel
 from sailyard.plan.network import Learning, Network
-from sailyard.recipe import Recipe, RLRecipe, TrainRecipe
+from sailyard.recipe import Optimization, Recipe, RLRecipe, TrainRecipe
 
 SFT_THINKING = ("post_training.longcot_sft", "post_training.think_fusion_sft")
 
@@ -77,6 +77,8 @@ class Work:
         recompute: FLOPs that activation checkpointing would add.
         samples: known number of samples that the stage's data add to the store, or 0.
         in_paper: counts towards the paper's total; arms and siblings of our own do not.
+        later_arm: the stage has trained another arm before.
+        section: where the recipe says how the stage is spread, if it does.
     """
 
     stage: str
@@ -96,6 +98,8 @@ class Work:
     checkpoint_every: int
     samples: int
     in_paper: bool
+    later_arm: bool = False
+    section: Optimization | None = None
 
 
 def planned_work(
@@ -202,11 +206,13 @@ def _supervised(
         checkpoint_every=section.checkpoint_every,
         samples=samples,
         in_paper=not stage.endswith("_sibling") and not text_only,
+        later_arm=stage == "pretraining.basic",
+        section=section,
     )
     yield work
     if stage == "pretraining.basic":  # training/pretraining.py runs both arms
         control = f"{basis}; the arm at a fixed rate that AdaLRS is held against"
-        yield replace(work, basis=control, in_paper=False, samples=0)
+        yield replace(work, basis=control, in_paper=False, later_arm=False, samples=0)
 
 
 def _samples(recipe: Recipe, stage: str) -> int:
@@ -263,6 +269,7 @@ def _reinforcement(
         checkpoint_every=section.checkpoint_every,
         samples=0,
         in_paper=True,
+        section=section,
     )
 
 

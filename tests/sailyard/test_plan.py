@@ -24,12 +24,14 @@ SCHEMA = {
 }  # fmt: skip
 STAGE_SCHEMA = {
     "stage", "trainable", "tokens", "tokens_basis", "assumed", "rollout_tokens", "in_paper",
-    "steps", "flops", "recompute_flops", "rollout_flops", "layout", "busy_share", "memory", "fits",
+    "steps", "flops", "recompute_flops", "rollout_flops", "layout", "recipe_layout",
+    "busy_share", "memory", "fits",
     "would_fit", "days", "gpu_hours", "cost", "checkpoint_bytes", "checkpoints",
     "checkpoint_traffic_bytes", "checkpoint_storage_bytes", "data_bytes",
 }  # fmt: skip
 MEMORY_SCHEMA = {
-    "weights", "gradients", "optimizer", "activations", "logits", "gathered", "host", "total",
+    "weights", "copies", "gradients", "optimizer", "activations", "logits", "gathered",
+    "host", "total",
     "activations_without_checkpointing", "activations_with_checkpointing",
 }  # fmt: skip
 
@@ -97,7 +99,7 @@ def test_frozen_parts_have_neither_gradient_nor_optimizer():
     stages = by_name(plan("8b", parallel="zero1"))
     adapter = 41_963_520
     assert stages["alignment.warmup"]["trainable"] == ["adapter"]
-    assert stages["alignment.warmup"]["memory"]["gradients"] == 2 * adapter
+    assert stages["alignment.warmup"]["memory"]["gradients"] == 4 * adapter
     assert stages["alignment.warmup"]["memory"]["optimizer"] == 12 * adapter / 64
 
 
@@ -112,6 +114,15 @@ def test_a_smaller_gpu_gets_a_leaner_layout_and_advice_when_told_not_to():
     assert told["would_fit"]["checkpointing"]
     assert told["would_fit"]["parallel"] == told["layout"]["parallel"]  # nothing else changes
     assert told["would_fit"]["total"] <= find_gpu("a100-40").usable_bytes
+
+
+def test_the_recipes_own_layout_is_held_against_the_gpu():
+    stage = by_name(plan("8b"))["pretraining.multitask"]
+    assert stage["fits"]
+    assert stage["recipe_layout"]["words"] == "ZeRO-2"
+    assert not stage["recipe_layout"]["fits"]
+    small = by_name(plan("tiny", gpus=1))["pretraining.multitask"]["recipe_layout"]
+    assert (small["words"], small["fits"]) == ("plain", True)  # one rank is plain torch
 
 
 def test_more_gpus_when_nothing_else_helps():
@@ -181,7 +192,7 @@ def test_table_names_assumptions_and_what_is_left_out():
         (["--mfu", "1.2"], "--mfu is 1.2"),
         (["--price", "-1"], "--price is -1"),
         (["--rollout-share", "1"], "--rollout-share is 1"),
-        (["--parallel", "zero1", "--offload"], "--offload needs --parallel zero2 or zero3"),
+        (["--parallel", "ddp", "--offload"], "--offload needs --parallel zero1, zero2 or zero3"),
         (["--expert-parallel", "4"], "no experts"),
         (["--recipe", "9b"], "no recipe named '9b'"),
     ],
