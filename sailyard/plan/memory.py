@@ -208,9 +208,17 @@ def memory_of(
         pictures = 0
     words = tokens * kept.per_label + logits
     worst_is_text = words >= pictures
+    copies = copied(network, learning, layout) if e == 2 else 0.0
+    if layout.checkpointing:
+        # Autocast has dropped its copies before the backward pass makes a layer whole again and the
+        # logits' gradient in the type of the products: only what exceeds those adds to the peak.
+        later: float = tokens * decoder_layer_bytes(network, e, learning.learns("language"))
+        if worst_is_text:
+            later += tokens * network.shape.language.vocab_size * e
+        copies = max(copies - later, min(copies, 2.0 * network.largest_block))
     return Memory(
         weights=round(weights),
-        copies=round(copied(network, learning, layout) if e == 2 else 0),
+        copies=round(copies),
         gradients=round(gradients),
         optimizer=round(optimizer),
         activations=round(

@@ -121,8 +121,8 @@ def test_the_recipes_own_layout_is_held_against_the_gpu():
     assert stage["fits"]
     assert stage["recipe_layout"]["words"] == "ZeRO-2"
     assert not stage["recipe_layout"]["fits"]
-    small = by_name(plan("tiny", gpus=1))["pretraining.multitask"]["recipe_layout"]
-    assert (small["words"], small["fits"]) == ("plain", True)  # one rank is plain torch
+    alone = by_name(plan("2b", gpus=1, gpu="h200"))["alignment.warmup"]["recipe_layout"]
+    assert (alone["words"], alone["fits"]) == ("plain", True)  # one rank is plain torch
 
 
 def test_more_gpus_when_nothing_else_helps():
