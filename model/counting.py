@@ -22,6 +22,7 @@ class Count:
         language: of the decoder, embedding and output layer included.
         tied: of the output layer when it is the embedding itself, otherwise 0. The released
             layout stores them all the same.
+        experts: of all experts of all layers, 0 for a dense model; in `language`, too.
         active: of the decoder that take part in one text token: everything but the experts that
             the router leaves out. Embedding and output layer included.
         active_without_embeddings: the same without embedding and output layer.
@@ -31,6 +32,7 @@ class Count:
     adapter: int
     language: int
     tied: int
+    experts: int
     active: int
     active_without_embeddings: int
 
@@ -77,7 +79,7 @@ def count_model(model: SailVLForConditionalGeneration) -> Count:
         for part, module in model.parts().items()
     }
     text = model.config.text_config
-    idle = 0
+    idle = expert_values = 0
     if model.config.is_moe:
         expert_values = sum(
             parameter.numel()
@@ -91,6 +93,7 @@ def count_model(model: SailVLForConditionalGeneration) -> Count:
     return Count(
         **sizes,
         tied=head.numel() if head is embedding else 0,
+        experts=expert_values,
         active=active,
         active_without_embeddings=active - ends,
     )

@@ -12,6 +12,7 @@ from sailyard.cli.look import lineage, report, status
 from sailyard.cli.models import promote, rollback, serve
 from sailyard.cli.network import model_app
 from sailyard.cli.output import errors
+from sailyard.cli.planning import plan
 from sailyard.cli.running import run, stage_app
 
 commands = typer.Typer(
@@ -23,7 +24,7 @@ commands = typer.Typer(
 commands.command()(run)
 commands.add_typer(stage_app, name="stage")
 commands.add_typer(model_app, name="model")
-for command in (status, report, lineage, ingest, promote, rollback, serve, doctor):
+for command in (plan, status, report, lineage, ingest, promote, rollback, serve, doctor):
     commands.command()(command)
 
 

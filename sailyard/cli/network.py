@@ -32,7 +32,7 @@ def count(
     from sailyard.recipe import load_recipe
 
     section = load_recipe(recipe).model
-    counted = _room("model.counting").count_recipe(section)
+    counted = room("model.counting").count_recipe(section)
     figures = {"distinct": counted.distinct, "stored": counted.stored, **as_plain(counted)}
     if as_json:
         num_bytes = {"bfloat16": 2 * counted.stored, "float32": 4 * counted.stored}
@@ -57,7 +57,7 @@ def inspect(
     as_json: JSON = False,
 ) -> None:
     """Say what a checkpoint holds and the first thing wrong with it; exit status 1 if any is."""
-    found = _room("model.inspection").inspect(directory)
+    found = room("model.inspection").inspect(directory)
     if as_json:
         print_json({"directory": str(directory), **as_plain(found)})
     else:
@@ -82,12 +82,12 @@ def convert(
     to: Annotated[Layout, typer.Option(help="Layout to write.")],
 ) -> None:
     """Write a checkpoint in the other layout; tensors keep their bytes and type."""
-    _room("model.release").convert(source, target, to.value)
+    room("model.release").convert(source, target, to.value)
     size = sum(file.stat().st_size for file in target.iterdir())
     console.print(f"{target}: {to.value} layout, {byte_size(size)}", markup=False, soft_wrap=True)
 
 
-def _room(name: str) -> Any:
+def room(name: str) -> Any:
     """A module of `model`, which stands above this package: named here, not imported."""
     try:
         return importlib.import_module(name)

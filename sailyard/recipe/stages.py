@@ -98,16 +98,16 @@ class Soup(Section):
 class PostTraining(Section):
     """Post-training (paper section 4.2)."""
 
-    base_sft_1: TrainRecipe = TrainRecipe(lr=1e-5, batch_size=512)
+    base_sft_1: TrainRecipe = TrainRecipe(lr=1e-5, batch_size=512, max_steps=10_014)
     """World knowledge: everything, 42B tokens (paper Table 3); lr and batch our choice."""
 
-    base_sft_2: TrainRecipe = TrainRecipe(lr=1e-5, batch_size=512)
+    base_sft_2: TrainRecipe = TrainRecipe(lr=1e-5, batch_size=512, max_steps=9_537)
     """Instructions: everything, 40B tokens (paper Table 3); lr and batch our choice."""
 
-    base_sft_3: TrainRecipe = TrainRecipe(lr=1e-5, batch_size=512)
+    base_sft_3: TrainRecipe = TrainRecipe(lr=1e-5, batch_size=512, max_steps=3_815)
     """Hard subset: everything, 16B tokens (paper Table 3); lr and batch our choice."""
 
-    base_sft_4: TrainRecipe = TrainRecipe(lr=1e-5, batch_size=256, seq_len=16_384)
+    base_sft_4: TrainRecipe = TrainRecipe(lr=1e-5, batch_size=256, seq_len=16_384, max_steps=16_689)
     """Video and image 1:1, rows of 16384, 70B tokens (paper Table 3); lr and batch our choice.
     Its sibling for the soup trains with the same numbers in another order."""
 
