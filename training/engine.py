@@ -61,7 +61,7 @@ class Engine:
         self.model, self.recipe = model.to(self.world.device), recipe
         freeze_except(model, recipe.trainable)
         if recipe.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self._top_k = model.config.text_config.num_experts_per_tok if model.config.is_moe else 0
         kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
         optimizer = kind(self._groups(), lr=recipe.lr, betas=recipe.betas, fused=True)
@@ -205,7 +205,7 @@ def make_learner(
     # Imported only here: DeepSpeed takes seconds, and most runs on one rank never need it.
     from training.zero import ZeroLearner
 
-    return ZeroLearner(model, optimizer, recipe, world, recipe.micro_batch_size)
+    return ZeroLearner(model, optimizer, recipe, world)
 
 
 def _embeddings(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:

@@ -28,7 +28,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from sailyard.recipe import Optimization
+from sailyard.recipe import TrainRecipe
 from training.learner import STEP, Learner, checked, copied, exchanged
 from training.world import World
 
@@ -50,9 +50,8 @@ class ZeroLearner(Learner):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        recipe: Optimization,
+        recipe: TrainRecipe,
         world: World,
-        micro_batch_size: int,
     ) -> None:
         if type(optimizer) is not torch.optim.AdamW:
             raise ValueError(
@@ -73,13 +72,13 @@ class ZeroLearner(Learner):
         self._engine, self._sharded, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=self._config(recipe, micro_batch_size),
+            config=self._config(recipe),
             dist_init_required=False,
         )
         self.optimizer = self._sharded.optimizer
         self._make_states()
 
-    def _config(self, recipe: Optimization, micro_batch_size: int) -> dict[str, Any]:
+    def _config(self, recipe: TrainRecipe) -> dict[str, Any]:
         zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": self.world.device.type != "cpu",
@@ -87,7 +86,7 @@ class ZeroLearner(Learner):
         if recipe.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         return {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
             "gradient_accumulation_steps": 1,  # the boundary is set by hand
             "gradient_clipping": recipe.clip_norm,
             "zero_allow_untested_optimizer": True,

@@ -1,10 +1,12 @@
 """Memory of one GPU in a training step: parameters, gradients, optimizer, activations.
 
-State follows `training/`: weights, gradients and moments are float32, forward passes run under
-autocast, and DeepSpeed's ZeRO keeps a float32 master beside the weights. What each stage shards is
-the ZeRO paper's (Rajbhandari et al. 2020, arXiv:1910.02054, section 5). Activations are the tensors
-that autograd keeps, layer by layer, as the network's own code saves them;
-`tests/sailyard/test_plan_memory.py` holds both against what a small network really keeps.
+State follows `training/`: in plain torch weights, gradients and moments are float32 and forward
+passes run under autocast; DeepSpeed's ZeRO holds the weights in the type of the products and its
+slice of a float32 master beside them. What each stage shards is the ZeRO paper's (Rajbhandari et
+al. 2020, arXiv:1910.02054, section 5). Activations are the tensors that autograd keeps under
+autocast, layer by layer, as the network's own code saves them: for ZeRO, whose residual stream is
+bfloat16, an upper bound. `tests/sailyard/test_plan_memory.py` holds both against what a small
+network really keeps.
 
 Letters: D decoder width, Q query width, K key width, I feed-forward width, W tower width, F its
 feed-forward width, V vocabulary; e bytes of a product: 2 under autocast, 4 in float32.
@@ -61,8 +63,9 @@ class Memory:
     """Bytes on one GPU, and beside it on the host.
 
     Attributes:
-        weights: float32 parameters.
-        copies: of weights in bfloat16, which autocast makes and the backward pass reads.
+        weights: parameters.
+        copies: of weights in bfloat16, which autocast makes and the backward pass reads (not under
+            ZeRO, whose weights are bfloat16 themselves).
         gradients: of the parameters that learn, reduction bucket included.
         optimizer: float32 master and Adam's moments.
         activations: what autograd keeps of one micro-batch.
@@ -181,15 +184,18 @@ def memory_of(
     local = _local(network.total, network.counted.experts, layout)
     trained = learning.trained(network)
 
-    weights, gathered = 4 * local, 0.0
+    stored = e if zero else 4  # bytes of a weight
+    weights, gathered = stored * local, 0.0
     if zero == 3:  # experts end up spread over all
-        whole, weights = weights, 4 * network.total / layout.gpus
-        gathered = min(2 * 4 * network.largest_block, whole - weights)
+        whole, weights = weights, stored * network.total / layout.gpus
+        gathered = min(2 * stored * network.largest_block, whole - weights)
 
-    gradients = 4 * _local(trained, learning.trained_experts(network), layout)
+    learnt = _local(trained, learning.trained_experts(network), layout)
+    # ZeRO-1 adds bfloat16 gradients up in float32, and both are there at the end.
+    gradients = (6 if zero == 1 and e == 2 else 4) * learnt
     if zero >= 2:
         sharded = 4 * trained / layout.gpus
-        bucket = min(4 * BUCKET, max(gradients - sharded, 0))
+        bucket = min(stored * BUCKET, max(gradients - sharded, 0))
         gradients = bucket + (0 if layout.offload else sharded)
     if zero:
         optimizer = (MASTER + MOMENTS) * trained / layout.gpus
@@ -208,8 +214,8 @@ def memory_of(
         pictures = 0
     words = tokens * kept.per_label + logits
     worst_is_text = words >= pictures
-    copies = copied(network, learning, layout) if e == 2 else 0.0
-    if layout.checkpointing:
+    copies = copied(network, learning, layout) if e == 2 and not zero else 0.0
+    if copies and layout.checkpointing:
         # Autocast has dropped its copies before the backward pass makes a layer whole again and the
         # logits' gradient in the type of the products: only what exceeds those adds to the peak.
         later: float = tokens * decoder_layer_bytes(network, e, learning.learns("language"))

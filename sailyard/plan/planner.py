@@ -22,7 +22,7 @@ from sailyard.plan.work import (
     not_planned,
     planned_work,
 )
-from sailyard.recipe import Recipe
+from sailyard.recipe import Recipe, TrainRecipe
 
 SECONDS_PER_DAY = 86_400
 MAX_GPUS = 4096
@@ -269,7 +269,7 @@ def _rungs(work: Work, options: Options) -> Iterator[Layout]:
 def _recipe_layout(work: Work, network: Network, options: Options) -> dict[str, Any] | None:
     """What the recipe itself declares, and whether that fits; None where it declares nothing."""
     section = work.section
-    if section is None:
+    if not isinstance(section, TrainRecipe):
         return None
     alone = options.gpus == 1 and not section.offload  # plain torch, whatever the recipe says
     layout = Layout(

@@ -193,7 +193,7 @@ def test_experts_are_shared_by_their_ranks():
     network, learning = networks()["a3b"], Learning.of(PARTS)
     alone = memory_of(network, learning, Layout("zero2", False, True, 1, 64), 8192)
     shared = memory_of(network, learning, Layout("zero2", False, True, 1, 64, 8), 8192)
-    assert alone.weights - shared.weights == pytest.approx(4 * network.counted.experts * 7 / 8)
+    assert alone.weights - shared.weights == pytest.approx(2 * network.counted.experts * 7 / 8)
     assert alone.optimizer == shared.optimizer
     with pytest.raises(ValueError, match="128 experts"):
         memory_of(network, learning, Layout("zero2", False, True, 1, 64, 3), 8192)

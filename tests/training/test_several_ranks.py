@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "optimizer": "adamw",
     "parallel": "zero2",
+    "activation_checkpointing": "false",
 }
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": "ddp"},

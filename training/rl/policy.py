@@ -114,6 +114,8 @@ class Policy:
         self.algorithm = resolve_algorithm(recipe.algorithm, model)
         self.clip = ClipRange(recipe.clip_low, recipe.clip_high)
         freeze_except(model, recipe.trainable)
+        if recipe.activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad],
             lr=recipe.lr,
