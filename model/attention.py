@@ -15,9 +15,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    and_masks,
+    causal_mask_function,
+    flex_attention_mask,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
 
 BACKEND = "sailyard_segments"  # attn_implementation of the decoder
 
@@ -104,6 +112,23 @@ def varlen(lengths: torch.Tensor) -> dict[str, Any]:
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def flex_mask(segments_BT: torch.Tensor) -> BlockMask:
+    """Causal inside each sample, for `flex_attention`, which skips the blocks that it rules out.
+
+    Args:
+        segments_BT: [B, T] sample numbers, 0 for padding.
+    """
+    batch, length = segments_BT.shape
+    same_sample = packed_sequence_mask_function(segments_BT)
+    return flex_attention_mask(
+        batch,
+        length,
+        length,
+        mask_function=and_masks(causal_mask_function, same_sample),
+        device=segments_BT.device,
+    )
 
 
 def attend(

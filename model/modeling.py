@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from model.adapter import Adapter
-from model.attention import BACKEND, segment_layout, varlen
+from model.attention import BACKEND, flex_mask, segment_layout, varlen
 from model.config import SailVLConfig
 from model.experts import choose_experts
 from model.masks import block_mask, block_positions, segments_of
@@ -103,17 +104,18 @@ def language_forward(
     if use_cache and segments is not None and int(segments.max()) > 1:
         raise ValueError("a cache cannot hold packed rows; generate from one sample per row")
     batch, length, width = inputs_embeds.shape
+    mask: torch.Tensor | BlockMask | None = attention_mask
     if attention_mask is not None and segments is not None and not use_cache:
         if "flash" in config._attn_implementation:
             extra |= varlen(_sample_lengths(segments))
             inputs_embeds = inputs_embeds.reshape(1, batch * length, width)
             assert position_ids is not None  # counted with the segments above
-            position_ids, attention_mask = position_ids.reshape(1, batch * length), None
+            position_ids, mask = position_ids.reshape(1, batch * length), None
         else:
-            attention_mask = _for_backend(segments, attention_mask, config, inputs_embeds, extra)
+            mask = _for_backend(segments, attention_mask, config, inputs_embeds, extra)
     decoded = language_model.model(
         inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
+        attention_mask=mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
         use_cache=use_cache,
@@ -167,7 +169,7 @@ def _for_backend(
     config: Any,
     inputs_embeds: torch.Tensor,
     extra: dict[str, Any],
-) -> torch.Tensor | None:
+) -> torch.Tensor | BlockMask | None:
     """The mask in the form that the decoder's attention takes; may add to `extra`."""
     backend = config._attn_implementation
     if backend == BACKEND:
@@ -176,6 +178,8 @@ def _for_backend(
         return inputs_embeds.new_empty((1, 1, 1, 1), dtype=torch.bool)
     if attention_mask.ndim == 2 and int(segments.max()) <= 1:
         return attention_mask
+    if backend == "flex_attention":
+        return flex_mask(segments)
     mask = attention_mask if attention_mask.ndim == 4 else block_mask(segments)
     if backend == "sdpa":
         return mask
@@ -184,7 +188,7 @@ def _for_backend(
         return torch.zeros_like(mask, dtype=inputs_embeds.dtype).masked_fill_(~mask, lowest)
     raise ValueError(
         f"attention backend {backend!r} takes no packed rows; load the model with "
-        f"attn_implementation='sdpa', 'eager', 'flash_attention_2' or '{BACKEND}'"
+        f"attn_implementation='sdpa', 'eager', 'flex_attention', 'flash_attention_2' or '{BACKEND}'"
     )
 
 
@@ -201,6 +205,8 @@ class SailVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules: ClassVar = ["Aimv2EncoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]

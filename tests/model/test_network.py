@@ -186,9 +186,23 @@ def test_a_cut_image_is_refused():
         network()(ids, tiles[..., :42])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_separates_packed_samples():
+    """Forward only, and without a compiler: PyTorch has no backward of it on CPUs."""
+    model, reference = network(), network()
+    model.set_attn_implementation("flex_attention")
+    ids, segments, _, tiles = pack(samples(), 160)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        packed = model(ids, tiles, attention_mask=segments).logits
+        expected = reference(ids, tiles, attention_mask=segments).logits
+    real = segments[0] > 0
+    assert model.vision_model.config._attn_implementation == "flex_attention"
+    torch.testing.assert_close(packed[0, real], expected[0, real], atol=1e-4, rtol=0)
+
+
 def test_packed_rows_need_a_backend_that_separates_them():
     model = network()
-    model.language_model.config._attn_implementation = "flex_attention"
+    model.language_model.config._attn_implementation = "paged_attention"
     ids, segments, _, tiles = pack(samples(), 160)
     with pytest.raises(ValueError, match="takes no packed rows"):
         model(ids, tiles, attention_mask=segments)

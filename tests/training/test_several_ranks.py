@@ -159,6 +159,18 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(
     assert_same(tmp_path, alone, 1e-5)
 
 
+def test_experts_are_counted_once_when_activations_are_computed_again(
+    experts: dict[str, Path], tmp_path: Path
+) -> None:
+    for folder, again in (("kept", "false"), ("again", "true")):
+        settings = {"activation_checkpointing": again}
+        assert start(tmp_path / folder, experts, 1, "micro-moe", **settings).wait() == 0
+    assert_same(tmp_path / "again", tmp_path / "kept", 1e-5)
+    points = [json.loads((tmp_path / f / "points.json").read_text()) for f in ("kept", "again")]
+    kept, again = ([v["aux_loss"] for _, v in found if "aux_loss" in v] for found in points)
+    assert again == pytest.approx(kept, abs=1e-6)
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(
     first: int, then: int, alone: Path, materials: dict[str, Path], tmp_path: Path
