@@ -39,7 +39,7 @@ class Right(NamedTuple):
 RIGHTS = (
     Right("batch", "jobs", "create", "a stage is a Job"),
     Right("batch", "jobs", "get", "its conditions say how it is doing; finding it again"),
-    Right("batch", "jobs", "list", "finding leftovers; where a watch begins"),
+    Right("batch", "jobs", "list", "finding leftovers"),
     Right("batch", "jobs", "watch", "hearing at once that it has ended"),
     Right("batch", "jobs", "delete", "cancelling, and making room for the next try"),
     Right("", "services", "create", "pods of one stage find each other by name"),
