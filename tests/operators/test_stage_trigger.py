@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
 
+from dags.sail_vl2 import dag
 from operators.launchers import kubernetes, kubernetes_follow
 from operators.stage_operator import StageInterrupted, StageOperator
 from operators.stage_trigger import StageTrigger
@@ -93,6 +95,47 @@ def test_a_stage_is_waited_for_elsewhere_and_its_result_taken_from_the_store(
     before = len(cluster.requests)
     assert operator.execute(CONTEXT)["outputs"] == summary["outputs"]
     assert len(cluster.requests) == before
+
+
+def test_the_dag_runs_on_a_cluster(cluster: FakeCluster) -> None:
+    """Airflow's own deferral and resumption, with a thread for kubelet and Job controller."""
+    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True)
+    end = threading.Event()
+    kubelet = threading.Thread(target=_run_jobs, args=(cluster, end))
+    kubelet.start()
+    try:
+        part = dag.partial_subset(["create_run", STAGE], include_upstream=False)
+        conf = {"recipe": "micro", "overrides": ["world.num_text=41"], "launcher": "kubernetes"}
+        run = part.test(run_conf=conf)
+    finally:
+        end.set()
+        kubelet.join()
+    assert {ti.task_id: str(ti.state) for ti in run.get_task_instances()} == {
+        "create_run": "success",
+        STAGE: "success",
+    }
+    (instance,) = (ti for ti in run.get_task_instances() if ti.task_id == STAGE)
+    assert instance.xcom_pull(task_ids=STAGE)["cached"] is False
+    assert sum(request.startswith("POST") for request in cluster.requests) == 1
+
+
+def _run_jobs(cluster: FakeCluster, end: threading.Event) -> None:
+    """Runs each Job's own command, on this machine."""
+    done: set[str] = set()
+    while not end.wait(0.05):
+        for (kind, name), job in list(cluster.objects.items()):
+            if kind != "jobs" or name in done:
+                continue
+            done.add(name)
+            pod = cluster.add_pod(name, 0, "aaaaa")
+            cluster.set_status(name, active=1, ready=1)
+            (container,) = job["spec"]["template"]["spec"]["containers"]
+            command = [sys.executable, *container["command"][1:]]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            cluster.say(pod, *ran.stdout.splitlines())
+            cluster.close_log(pod)
+            assert ran.returncode == 0, ran.stderr
+            cluster.end(name, "Complete", "CompletionsReached", succeeded=1)
 
 
 def test_a_triggerer_that_is_ended_leaves_the_job_alone_and_a_kill_does_not(
