@@ -57,7 +57,8 @@ def params(pipeline: Pipeline) -> dict[str, Param]:
             "local",
             type="string",
             enum=list(LAUNCHERS),
-            description="Where the stages run: local = subprocesses of the Airflow worker.",
+            description="Where the stages run: local = subprocesses of the Airflow worker, "
+            "kubernetes = Jobs of the cluster that SAILYARD_CLUSTER_* describe.",
         ),
         "data": Param(
             "",

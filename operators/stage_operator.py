@@ -13,7 +13,8 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 
 from operators.launchers import JobState, Launcher, StageJob, make_launcher
 from operators.run_task import CREATE_RUN
-from sailyard.runs import load_run, reuse_result, stage_result
+from operators.stage_trigger import StageTrigger
+from sailyard.runs import load_run, reuse_result, stage_log, stage_result
 from sailyard.yard import Yard
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class StageOperator(BaseOperator):
     A stage that the run's recipe does not have is skipped. A stage that was stopped from outside
     (exit status 75, a signal) is tried again and resumes; one that failed by itself is not, since
     it would fail again.
+
+    While a job lives on a cluster the task is deferred: it holds no worker, and a worker, scheduler
+    or triggerer that restarts finds the job again.
     """
 
     template_fields: Sequence[str] = ("stage", "run", "launcher")
@@ -98,11 +102,25 @@ class StageOperator(BaseOperator):
         if result is not None:
             self.log.info("%s: reused the finished result %s", self.stage, result.cache_key[:12])
             return _summary(result)
-        self._launch()
-        result = stage_result(self.run, self.stage, yard)
-        if result is None or not result.finished:
-            raise AirflowFailException(f"{self.stage} ended well but wrote no finished result")
-        return _summary(result)
+        launcher = make_launcher(self.launcher)
+        if launcher.detached:
+            return self._detach(launcher, context)
+        self._launch(launcher)
+        return self._finished(yard)
+
+    def resume(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+        """Take up the task again when its job has ended; returns and raises as ``execute``.
+
+        Args:
+            context: Of the task.
+            event: The trigger's.
+        """
+        yard = Yard()
+        if not event["log_read"]:
+            self.log.info("the log of %s, from the store:", self.stage)
+            for line in stage_log(self.run, self.stage, yard=yard).splitlines():
+                self.log.info("%s", line)
+        return self._conclude(JobState(event["state"]), event["reason"], yard)
 
     def on_kill(self) -> None:
         """End the stage's processes.
@@ -113,9 +131,8 @@ class StageOperator(BaseOperator):
             launcher, handle = self._running
             launcher.cancel(handle, CANCEL_GRACE_S)
 
-    def _launch(self) -> None:
+    def _launch(self, launcher: Launcher) -> None:
         """Run the stage's process to its end, with its lines in this task's log."""
-        launcher = make_launcher(self.launcher)
         handle = launcher.submit(StageJob(self.stage, self.run))
         self._running = (launcher, handle)
         try:
@@ -126,11 +143,39 @@ class StageOperator(BaseOperator):
             raise
         finally:
             self._running = None
+        self._raise_unless_succeeded(launcher.status(handle), "the reason is in the lines above")
+
+    def _detach(self, launcher: Launcher, context: Context) -> dict[str, Any]:
+        """Submit the job, or find it; wait for it elsewhere unless it has ended meanwhile."""
+        handle = launcher.submit(StageJob(self.stage, self.run))
+        self._running = (launcher, handle)
+        self.log.info("%s: Job %s", self.stage, handle)
         state = launcher.status(handle)
+        if state in (JobState.WAITING, JobState.RUNNING):
+            self.defer(trigger=StageTrigger(handle), method_name="resume")
+        return self.resume(context, {"state": state, "reason": "", "log_read": False})
+
+    def _conclude(self, state: JobState, reason: str, yard: Yard) -> dict[str, Any]:
+        """The outcome by ``result.json``, which is written last; else by how the job ended."""
+        result = stage_result(self.run, self.stage, yard)
+        if result is not None and result.finished:
+            return _summary(result)
+        if result is not None and result.status == "failed":
+            reason = result.error or reason
+        self._raise_unless_succeeded(state, reason)
+        return self._finished(yard)
+
+    def _raise_unless_succeeded(self, state: JobState, reason: str) -> None:
         if state is JobState.INTERRUPTED:
             raise StageInterrupted(f"{self.stage} was interrupted; the next try resumes it")
         if state is not JobState.SUCCEEDED:
-            raise AirflowFailException(f"{self.stage} failed; the reason is in the lines above")
+            raise AirflowFailException(f"{self.stage} failed; {reason}")
+
+    def _finished(self, yard: Yard) -> dict[str, Any]:
+        result = stage_result(self.run, self.stage, yard)
+        if result is None or not result.finished:
+            raise AirflowFailException(f"{self.stage} ended well but wrote no finished result")
+        return _summary(result)
 
 
 def _summary(result: StageResult) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Protocol
 class JobState(StrEnum):
     """Where a job is."""
 
+    WAITING = "waiting"
+    """In a queue, or until a machine and an image are there: no error."""
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     INTERRUPTED = "interrupted"
@@ -35,7 +37,14 @@ class StageJob:
 
 
 class Launcher(Protocol):
-    """Starts stages somewhere and follows them. A handle is the launcher's name for a job."""
+    """Starts stages somewhere and follows them. A handle is the launcher's name for a job.
+
+    Attributes:
+        detached: Jobs live on without the process that submitted them: whoever waits for one can
+            do so elsewhere, or later.
+    """
+
+    detached: bool
 
     def submit(self, job: StageJob) -> str:
         """Start the job; returns its handle at once."""

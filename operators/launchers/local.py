@@ -14,6 +14,8 @@ from sailyard.stage.errors import EXIT_OK, EXIT_RESUME
 class LocalLauncher:
     """Runs each stage in a process group of its own, so that it ends as a whole."""
 
+    detached = False
+
     def __init__(self) -> None:
         self._stages: dict[str, StageProcess] = {}
 

@@ -8,11 +8,11 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sailyard.cli.finding import Finding
 from sailyard.cli.output import console, print_json
 
 if TYPE_CHECKING:
@@ -29,31 +29,28 @@ EXTRAS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        check: What was looked at.
-        level: ok | note (something optional is missing) | problem.
-        text: What was found.
-        way_out: What to do; "" when all is well.
-    """
-
-    check: str
-    level: str
-    text: str
-    way_out: str = ""
-
-
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Look at the Kubernetes cluster too: rights, Jobs.")
+    ] = False,
+    remove_leftovers: Annotated[
+        bool,
+        typer.Option(
+            "--remove-leftovers",
+            help="With --cluster: delete stages' Jobs that have ended or are not needed any more.",
+        ),
+    ] = False,
 ) -> None:
     """Check store, database, disk and Python packages; exit status 1 if something is broken."""
     from sailyard.yard import Yard
 
     yard = Yard()
     findings = list(_examine(yard))
+    if cluster or remove_leftovers:
+        from sailyard.cli.cluster import examine_cluster
+
+        findings += examine_cluster(yard, remove_leftovers)
     broken = any(finding.level == "problem" for finding in findings)
     if as_json:
         print_json({"ok": not broken, "findings": findings})

@@ -108,5 +108,5 @@ def test_a_helper_that_outlives_its_stage_is_ended_and_does_not_hold_the_log(
 
 def test_the_choice_of_launchers() -> None:
     assert isinstance(make_launcher("local"), LocalLauncher)
-    with pytest.raises(ValueError, match="choose from: local"):
+    with pytest.raises(ValueError, match="choose from: local, kubernetes"):
         make_launcher("slurm")

@@ -73,13 +73,13 @@ def test_a_stage_that_was_stopped_is_to_be_tried_again(stage_stand_in: StandIn) 
     stage_stand_in("raise SystemExit(75)")
     assert operator().retries > 0
     with pytest.raises(StageInterrupted, match="next try resumes"):
-        operator()._launch()
+        operator()._launch(LocalLauncher())
 
 
 def test_a_stage_that_failed_is_not_tried_again(stage_stand_in: StandIn) -> None:
     stage_stand_in("raise SystemExit(1)")
     with pytest.raises(AirflowFailException, match=r"curation\.text failed"):
-        operator()._launch()
+        operator()._launch(LocalLauncher())
 
 
 def test_killing_the_task_ends_the_stages_processes(
@@ -96,7 +96,7 @@ def test_killing_the_task_ends_the_stages_processes(
 
     def launch() -> None:
         try:
-            running._launch()
+            running._launch(LocalLauncher())
         except StageInterrupted as error:
             errors.append(error)
 

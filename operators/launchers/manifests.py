@@ -1,0 +1,297 @@
+"""The Kubernetes objects of a stage, as plain data. Nothing here talks to a cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from operators.launchers.base import StageJob
+from sailyard.cluster import MANAGED_BY, RUN_LABEL, STAGE_LABEL, ClusterSettings
+from sailyard.settings import Settings
+from sailyard.stage.errors import EXIT_FAILED, EXIT_RESUME
+
+Manifest = dict[str, Any]
+
+CONTAINER = "stage"
+RENDEZVOUS_PORT = 29400
+USER = 10001
+HOME = "/var/lib/sailyard"
+
+INDEX = "batch.kubernetes.io/job-completion-index"
+"""Label of a pod with its index in its Job (Kubernetes 1.28)."""
+
+JOB_NAME = "batch.kubernetes.io/job-name"
+"""Label of a pod with its Job's name (Kubernetes 1.27)."""
+
+# Annotations hold what labels cannot: names of any length and alphabet.
+RUN_ANNOTATION, STAGE_ANNOTATION = RUN_LABEL, STAGE_LABEL
+
+_QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many pods a stage takes, and devices in each; 0 devices is one process on the CPU."""
+
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks in all."""
+        return self.nodes * max(1, self.gpus_per_node)
+
+
+def stage_size(gpus: int, cluster: ClusterSettings) -> Size:
+    """Pods for a stage that wants ``gpus`` devices: full ones, and no more than allowed."""
+    if gpus <= cluster.gpus_per_node:
+        return Size(1, gpus)
+    return Size(min(cluster.nodes, -(-gpus // cluster.gpus_per_node)), cluster.gpus_per_node)
+
+
+def object_name(job: StageJob) -> str:
+    """Name of the stage's objects: the same for the same stage of the same run, always.
+
+    At most 45 characters, so that pod names (name-index-suffix) stay DNS labels.
+    """
+    digest = hashlib.sha256(f"{job.run_id}\0{job.stage}".encode()).hexdigest()[:12]
+    slug = re.sub(r"[^a-z0-9]+", "-", job.stage.lower()).strip("-")[:30].rstrip("-")
+    return f"sy-{slug}-{digest}"
+
+
+def check_reachable(settings: Settings) -> None:
+    """Refuse places that pods cannot see.
+
+    Raises:
+        ValueError: The store or the database lies on this machine.
+    """
+    if not settings.store.startswith("s3://"):
+        raise ValueError(
+            f"pods cannot read the store {settings.store}; set SAILYARD_STORE=s3://bucket/prefix"
+        )
+    if settings.database_url.startswith("sqlite"):
+        raise ValueError(
+            "pods cannot write to an SQLite file of this machine; set SAILYARD_DATABASE_URL to a "
+            "PostgreSQL server"
+        )
+
+
+def job_manifest(job: StageJob, gpus: int, cluster: ClusterSettings, yard: Settings) -> Manifest:
+    """The Indexed Job of a stage: one pod a node.
+
+    Args:
+        job: What to run.
+        gpus: Devices that the stage wants.
+        cluster: Where and how.
+        yard: Places that the pods work with; its keys stay here.
+
+    Raises:
+        ValueError: There is no image, or no Secret.
+    """
+    if not cluster.image:
+        raise ValueError("no image to run stages in; set SAILYARD_CLUSTER_IMAGE")
+    if not cluster.env_secret:
+        raise ValueError(
+            "pods get the database's URL and the store's keys from a Secret; name it in "
+            "SAILYARD_CLUSTER_ENV_SECRET"
+        )
+    size = stage_size(gpus, cluster)
+    name = object_name(job)
+    metadata = _metadata(name, job, cluster)
+    if cluster.queue:
+        metadata["labels"][_QUEUE_LABEL] = cluster.queue
+    spec: Manifest = {
+        "completionMode": "Indexed",
+        "completions": size.nodes,
+        "parallelism": size.nodes,
+        "backoffLimit": cluster.max_failures * size.nodes,
+        "podFailurePolicy": {"rules": _failure_rules(size)},
+        "activeDeadlineSeconds": cluster.deadline_seconds,
+        "ttlSecondsAfterFinished": cluster.ttl_seconds,
+        "suspend": bool(cluster.queue),
+        "template": {
+            "metadata": {
+                "labels": dict(metadata["labels"]),
+                "annotations": dict(metadata["annotations"]),
+            },
+            "spec": _pod_spec(name, job, size, cluster, yard),
+        },
+    }
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def service_manifest(job: StageJob, cluster: ClusterSettings, job_uid: str) -> Manifest:
+    """The headless Service by which the pods find pod 0; it goes when the Job goes."""
+    name = object_name(job)
+    metadata = _metadata(name, job, cluster)
+    metadata["ownerReferences"] = [
+        {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job_uid}
+    ]
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        "spec": {
+            "clusterIP": "None",
+            # Ranks must find pod 0 before it is ready, or it never will be.
+            "publishNotReadyAddresses": True,
+            "selector": {JOB_NAME: name},
+            "ports": [{"name": "rendezvous", "port": RENDEZVOUS_PORT, "protocol": "TCP"}],
+        },
+    }
+
+
+def command_line(name: str, job: StageJob, size: Size) -> list[str]:
+    """What a pod runs: the one command of the stage contract, under torchrun for several ranks."""
+    stage = ["-m", "sailyard", "stage", "run", job.stage, "--run", job.run_id]
+    stage += ["--force"] if job.force else []
+    if size.num_processes == 1:
+        return ["python", *stage]
+    return [
+        "torchrun",
+        f"--nnodes={size.nodes}",
+        f"--nproc-per-node={max(1, size.gpus_per_node)}",
+        "--rdzv-backend=c10d",
+        # The endpoint's pod becomes the host of the rendezvous: pod 0 and no other.
+        f"--rdzv-endpoint={name}-0.{name}:{RENDEZVOUS_PORT}"
+        if size.nodes > 1
+        else f"--rdzv-endpoint=localhost:{RENDEZVOUS_PORT}",
+        f"--rdzv-id={name}",
+        *stage,
+    ]
+
+
+def _metadata(name: str, job: StageJob, cluster: ClusterSettings) -> Manifest:
+    return {
+        "name": name,
+        "namespace": cluster.namespace,
+        "labels": {
+            **MANAGED_BY,
+            "app.kubernetes.io/name": "sailyard",
+            "app.kubernetes.io/component": "stage",
+            RUN_LABEL: _label_value(job.run_id),
+            STAGE_LABEL: _label_value(job.stage),
+        },
+        "annotations": {RUN_ANNOTATION: job.run_id, STAGE_ANNOTATION: job.stage},
+    }
+
+
+def _label_value(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", text)[:63].strip("._-")
+
+
+def _failure_rules(size: Size) -> list[Manifest]:
+    """A pod that was taken away or stopped is replaced for free; a stage's own error is final.
+
+    With several ranks, one that loses its neighbour also ends with status 1: there the budget of
+    failures decides.
+    """
+    rules: list[Manifest] = [
+        {
+            "action": "Ignore",
+            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+        },
+        {"action": "Ignore", "onExitCodes": _exit_code(EXIT_RESUME)},
+    ]
+    if size.num_processes == 1:
+        rules.append({"action": "FailJob", "onExitCodes": _exit_code(EXIT_FAILED)})
+    return rules
+
+
+def _exit_code(code: int) -> Manifest:
+    return {"containerName": CONTAINER, "operator": "In", "values": [code]}
+
+
+def _pod_spec(
+    name: str, job: StageJob, size: Size, cluster: ClusterSettings, yard: Settings
+) -> Manifest:
+    spec: Manifest = {
+        "restartPolicy": "Never",
+        "serviceAccountName": cluster.service_account,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        # The first process of a namespace cannot end itself by a signal, and a stage that was
+        # killed must be seen as killed: let the pause container be the first.
+        "shareProcessNamespace": True,
+        "terminationGracePeriodSeconds": cluster.grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            # On a large cache, changing every file's owner would take longer than the stage.
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(name, job, size, cluster, yard)],
+        "volumes": _volumes(cluster),
+    }
+    if size.nodes > 1:
+        spec["subdomain"] = name
+    if cluster.pull_secrets:
+        spec["imagePullSecrets"] = [{"name": secret} for secret in cluster.pull_secrets]
+    if cluster.node_selector:
+        spec["nodeSelector"] = dict(cluster.node_selector)
+    if cluster.tolerations:
+        spec["tolerations"] = [dict(toleration) for toleration in cluster.tolerations]
+    if cluster.priority_class:
+        spec["priorityClassName"] = cluster.priority_class
+    return spec
+
+
+def _container(
+    name: str, job: StageJob, size: Size, cluster: ClusterSettings, yard: Settings
+) -> Manifest:
+    requests = {"cpu": cluster.cpu, "memory": cluster.memory}
+    limits = {"memory": cluster.memory, "ephemeral-storage": cluster.scratch}
+    if size.gpus_per_node:
+        limits[cluster.gpu_resource] = str(size.gpus_per_node)
+    container: Manifest = {
+        "name": CONTAINER,
+        "image": cluster.image,
+        "imagePullPolicy": cluster.pull_policy,
+        "command": command_line(name, job, size),
+        "env": [{"name": key, "value": value} for key, value in _environment(yard).items()],
+        "resources": {"requests": requests, "limits": limits},
+        "volumeMounts": [
+            {"name": "home", "mountPath": HOME},
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+    if cluster.env_secret:
+        container["envFrom"] = [{"secretRef": {"name": cluster.env_secret}}]
+    if cluster.cache_claim:
+        container["volumeMounts"].append({"name": "cache", "mountPath": f"{HOME}/cache"})
+    return container
+
+
+def _environment(yard: Settings) -> dict[str, str]:
+    """Places, never keys: those come from the Secret."""
+    known = yard.environment()
+    open_names = ("STORE", "S3_ENDPOINT", "S3_SECURE", "S3_REGION")
+    return {
+        "SAILYARD_HOME": HOME,
+        **{f"SAILYARD_{name}": known[f"SAILYARD_{name}"] for name in open_names},
+        "HOME": HOME,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _volumes(cluster: ClusterSettings) -> list[Manifest]:
+    volumes: list[Manifest] = [
+        {"name": "home", "emptyDir": {"sizeLimit": cluster.scratch}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": cluster.scratch}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shm}},
+    ]
+    if cluster.cache_claim:
+        claim = {"claimName": cluster.cache_claim}
+        volumes.append({"name": "cache", "persistentVolumeClaim": claim})
+    return volumes

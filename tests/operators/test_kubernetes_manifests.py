@@ -1,0 +1,141 @@
+"""The objects of a stage: exactly what is wanted, and valid for every Kubernetes we name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from operators.launchers import StageJob
+from operators.launchers.manifests import (
+    check_reachable,
+    job_manifest,
+    object_name,
+    service_manifest,
+    stage_size,
+)
+from sailyard.cluster import ClusterSettings
+from sailyard.settings import Settings
+
+GOLDEN = Path(__file__).parent / "golden"
+VERSIONS = ("1.30", "1.33", "1.35", "1.37")
+
+YARD = Settings(
+    store="s3://yard/here",
+    s3_endpoint="s3.example:9000",
+    s3_access_key="ACCESSKEY",
+    s3_secret_key="SECRETKEY",
+    database_url="postgresql+psycopg://yard:PASSWORD@db/yard",
+)
+JOB = StageJob("alignment.warmup", "20261123-1405-2b-ab12")
+IMAGE = "registry.example/sailyard-train@sha256:" + "a" * 64
+
+PLAIN = ClusterSettings(image=IMAGE, env_secret="yard-keys")
+FULL = ClusterSettings(
+    image=IMAGE,
+    namespace="vlm",
+    pull_secrets=["registry"],
+    env_secret="yard-keys",
+    service_account="stages",
+    nodes=2,
+    gpus_per_node=4,
+    cache_claim="models",
+    node_selector={"gpu": "h100"},
+    tolerations=[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+    priority_class="batch",
+    queue="research",
+)
+
+
+def objects(name: str) -> list[dict[str, Any]]:
+    if name == "cpu":
+        return [job_manifest(JOB, 0, PLAIN, YARD)]
+    if name == "one-gpu":
+        return [job_manifest(JOB, 1, PLAIN, YARD)]
+    return [job_manifest(JOB, 8, FULL, YARD), service_manifest(JOB, FULL, "the-uid")]
+
+
+NAMES = ("cpu", "one-gpu", "multi-node")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_the_golden_file_has_them(name: str) -> None:
+    """SAILYARD_UPDATE_GOLDEN is read before the fixtures clear the environment: see below."""
+    text = yaml.safe_dump_all(objects(name), sort_keys=False)
+    path = GOLDEN / f"{name}.yaml"
+    if UPDATE:
+        path.write_text(text)
+    assert text == path.read_text(), "if this is meant: SAILYARD_UPDATE_GOLDEN=1 pytest ..."
+
+
+UPDATE = bool(os.environ.get("SAILYARD_UPDATE_GOLDEN"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_strictly_valid(name: str, version: str) -> None:
+    validator = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    for manifest in objects(name):
+        validator.validate(manifest, version, strict=True)
+
+
+def test_keys_are_named_and_never_written_down() -> None:
+    text = yaml.safe_dump_all([m for name in NAMES for m in objects(name)])
+    assert "yard-keys" in text
+    for secret in ("ACCESSKEY", "SECRETKEY", "PASSWORD"):
+        assert secret not in text
+
+
+def test_names_are_stable_distinct_and_short_enough_for_pods() -> None:
+    assert object_name(JOB) == object_name(StageJob(JOB.stage, JOB.run_id, force=True))
+    others = [StageJob("alignment.world_knowledge", JOB.run_id), StageJob(JOB.stage, "run-2")]
+    assert len({object_name(job) for job in (JOB, *others)}) == 3
+    long = object_name(StageJob("post_training." + "very_long_" * 20, JOB.run_id))
+    # name-index-suffix, for the highest index that the settings allow
+    assert len(f"{long}-4095-abcde") <= 63
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "expected"),
+    [(0, 4, (1, 0)), (1, 4, (1, 1)), (8, 4, (1, 8)), (16, 4, (2, 8)), (64, 4, (4, 8))],
+)
+def test_size(gpus: int, nodes: int, expected: tuple[int, int]) -> None:
+    size = stage_size(gpus, ClusterSettings(nodes=nodes))
+    assert (size.nodes, size.gpus_per_node) == expected
+
+
+def test_pods_are_as_many_as_completions() -> None:
+    """apache/airflow 64867: parallelism above completions never ends."""
+    for name in NAMES:
+        spec = objects(name)[0]["spec"]
+        assert spec["parallelism"] == spec["completions"]
+
+
+def test_what_cannot_work_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="SAILYARD_CLUSTER_IMAGE"):
+        job_manifest(JOB, 0, ClusterSettings(), YARD)
+    with pytest.raises(ValueError, match="SAILYARD_CLUSTER_ENV_SECRET"):
+        job_manifest(JOB, 0, ClusterSettings(image=IMAGE), YARD)
+    with pytest.raises(ValueError, match="SAILYARD_STORE=s3://"):
+        check_reachable(Settings())
+    with pytest.raises(ValueError, match="PostgreSQL"):
+        check_reachable(Settings(store="s3://yard"))
+    check_reachable(YARD)
+    with pytest.raises(ValidationError, match="memory"):
+        ClusterSettings(memory="lots")
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAILYARD_CLUSTER_NODE_SELECTOR", '{"gpu": "h100"}')
+    monkeypatch.setenv("SAILYARD_CLUSTER_QUEUE", "research")
+    assert ClusterSettings().node_selector == {"gpu": "h100"}
+    assert (
+        job_manifest(JOB, 0, ClusterSettings(image=IMAGE, env_secret="keys"), YARD)["spec"][
+            "suspend"
+        ]
+        is True
+    )
