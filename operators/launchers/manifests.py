@@ -143,12 +143,12 @@ def service_manifest(job: StageJob, cluster: ClusterSettings, job_uid: str) -> M
     }
 
 
-def command_line(name: str, job: StageJob, size: Size) -> list[str]:
+def command_line(name: str, job: StageJob, size: Size, grace_seconds: int) -> list[str]:
     """What a pod runs: the one command of the stage contract, under torchrun for several ranks."""
-    stage = ["-m", "sailyard", "stage", "run", job.stage, "--run", job.run_id]
+    stage = ["sailyard", "stage", "run", job.stage, "--run", job.run_id]
     stage += ["--force"] if job.force else []
     if size.num_processes == 1:
-        return ["python", *stage]
+        return ["python", "-m", *stage]
     return [
         "torchrun",
         f"--nnodes={size.nodes}",
@@ -159,6 +159,10 @@ def command_line(name: str, job: StageJob, size: Size) -> list[str]:
         if size.nodes > 1
         else f"--rdzv-endpoint=localhost:{RENDEZVOUS_PORT}",
         f"--rdzv-id={name}",
+        # torchrun kills ranks half a minute after a signal unless told how long they may save.
+        f"--shutdown-timeout={grace_seconds}",
+        # Behind the two dashes torchrun no longer takes --run for an option of its own.
+        *("-m", "--"),
         *stage,
     ]
 
@@ -252,7 +256,7 @@ def _container(
         "name": CONTAINER,
         "image": cluster.image,
         "imagePullPolicy": cluster.pull_policy,
-        "command": command_line(name, job, size),
+        "command": command_line(name, job, size, cluster.grace_seconds),
         "env": [{"name": key, "value": value} for key, value in _environment(yard).items()],
         "resources": {"requests": requests, "limits": limits},
         "volumeMounts": [
