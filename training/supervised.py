@@ -24,7 +24,8 @@ from training.engine import Engine, StepResult
 from training.guard import Diverged, Guard, within_memory
 from training.loop import TrainingLoop
 from training.meter import Meter
-from training.packing import truncated
+from training.packing import PackingStats, truncated
+from training.prefetch import Prefetch
 from training.schedules import AdaLRS, lr_factor
 from training.stream import PackedStream, StreamBatch, open_sources
 from training.world import join_world
@@ -122,6 +123,7 @@ class SupervisedRun:
             truncate=truncation(processor, recipe),
         )
         self.total_steps = recipe.max_steps or self.stream.epoch_steps(recipe.epochs)
+        self.batches = Prefetch(self.stream)
         self.adalrs = AdaLRS(total_steps=self.total_steps, **adalrs) if adalrs else None
         self.trial: dict[str, torch.Tensor] | None = None
         self.guard = Guard(recipe.max_bad_steps, recipe.spike_factor)
@@ -157,7 +159,10 @@ class SupervisedRun:
         if resumed is not None:
             self._load(*resumed)
         started, tokens_at_start = time.monotonic(), self.progress.tokens
-        self.loop.run(self._one_step, self._state, lambda: self.trial or {})
+        try:
+            self.loop.run(self._one_step, self._state, lambda: self.trial or {})
+        finally:
+            self.batches.close()
         seconds = max(time.monotonic() - started, 1e-9)
         speed = (self.progress.tokens - tokens_at_start) / seconds
         whole = self.engine.learner.whole()
@@ -169,7 +174,7 @@ class SupervisedRun:
 
     def _one_step(self, step: int) -> None:
         with self.meter.waiting():
-            batch = self.stream.next_batch()
+            batch = self.batches.next_batch()
         scale = self.adalrs.state.scale if self.adalrs else 1.0
         factor = lr_factor(
             step,
@@ -202,13 +207,13 @@ class SupervisedRun:
 
     def _go_back(self, step: int, result: StepResult) -> None:
         """Weights and schedule of the last checkpoint; the stream goes on behind the bad data."""
-        stream, guard = self.stream.state(), self.guard.dump()
+        stream, guard = self.batches.state(), self.guard.dump()
         complaint = self.guard.complaint(step, result)
         saved = self.loop.roll_back()
         if saved is None:
             raise Diverged(f"{complaint}; there is no checkpoint yet to go back to")
         self._load(*saved)
-        self.stream.load(stream)
+        self.batches.load(stream)
         self.guard.load(guard)
         self.guard.went_back()
 
@@ -245,7 +250,7 @@ class SupervisedRun:
             "losses": self.progress.losses,
             "tokens": self.progress.tokens,
             "samples": self.progress.samples,
-            "stream": self.stream.state(),
+            "stream": self.batches.state(),
             "adalrs": self.adalrs.dump() if self.adalrs else None,
             "guard": self.guard.dump(),
             "digests_before": self.digests_before,
@@ -255,7 +260,7 @@ class SupervisedRun:
     def _load(self, scalars: Mapping[str, Any], trial: dict[str, torch.Tensor]) -> None:
         self.progress = _Progress(list(scalars["losses"]), scalars["tokens"], scalars["samples"])
         self.digests_before = scalars["digests_before"]
-        self.stream.load(scalars["stream"])
+        self.batches.load(scalars["stream"])
         self.guard.load(scalars["guard"])
         if self.adalrs:
             self.adalrs.load(scalars["adalrs"])
@@ -267,6 +272,9 @@ class SupervisedRun:
         changed = [part for part in frozen if after[part] != self.digests_before[part]]
         if changed:
             raise RuntimeError(f"frozen parts changed during {self.ctx.stage_name}: {changed}")
+        data = self.batches.state()
+        packing = PackingStats()
+        packing.load(data["stats"])
         losses = self.progress.losses
         edge = max(len(losses) // 10, 1)
         summary: dict[str, Any] = {
@@ -279,14 +287,14 @@ class SupervisedRun:
             "loss_last": sum(losses[-edge:]) / edge,
             "bad_steps": self.guard.state.num_bad,
             "roll_backs": self.guard.state.num_roll_backs,
-            "too_long": self.stream.num_too_long,
-            "truncated": self.stream.num_truncated,
-            "too_long_ids": list(self.stream.too_long),
+            "too_long": data["num_too_long"],
+            "truncated": data["num_truncated"],
+            "too_long_ids": data["too_long"],
             "trainable": list(self.recipe.trainable),
             "frozen_parts_unchanged": True,
             "part_digests_before": self.digests_before,
             "part_digests_after": after,
-            **self.stream.stats.summary(),
+            **packing.summary(),
         }
         if self.adalrs:
             summary["adalrs_events"] = self.adalrs.state.events
