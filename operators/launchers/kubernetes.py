@@ -65,9 +65,10 @@ class KubernetesLauncher:
         """
         check_reachable(self.yard.settings)
         stage = load_run(job.run_id, self.yard).pipeline.stage(job.stage)
-        manifest = job_manifest(job, stage.gpus, self.cluster, self.yard.settings)
+        size = stage_size(stage, self.cluster)
+        manifest = job_manifest(job, size, self.cluster, self.yard.settings)
         made = self._find_or_create(object_name(job), job, manifest)
-        if stage_size(stage.gpus, self.cluster).nodes > 1:
+        if size.nodes > 1:
             self._find_or_create_service(job, made.metadata.uid)
         return f"{made.metadata.name}/{made.metadata.uid}"
 

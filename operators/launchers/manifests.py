@@ -9,8 +9,10 @@ from typing import Any
 
 from operators.launchers.base import StageJob
 from sailyard.cluster import MANAGED_BY, RUN_LABEL, STAGE_LABEL, ClusterSettings
+from sailyard.pipeline import Stage
 from sailyard.settings import Settings
 from sailyard.stage.errors import EXIT_FAILED, EXIT_RESUME
+from sailyard.stage.torchrun import GRACE_SECONDS
 
 Manifest = dict[str, Any]
 
@@ -33,22 +35,29 @@ _QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 @dataclass(frozen=True)
 class Size:
-    """How many pods a stage takes, and devices in each; 0 devices is one process on the CPU."""
+    """How many pods a stage takes.
+
+    Attributes:
+        nodes: Pods.
+        gpus_per_node: Devices in each; 0 is the CPU.
+        ranks_per_node: Processes in each.
+    """
 
     nodes: int
     gpus_per_node: int
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks in all."""
-        return self.nodes * max(1, self.gpus_per_node)
+    ranks_per_node: int = 1
 
 
-def stage_size(gpus: int, cluster: ClusterSettings) -> Size:
-    """Pods for a stage that wants ``gpus`` devices: full ones, and no more than allowed."""
-    if gpus <= cluster.gpus_per_node:
+def stage_size(stage: Stage, cluster: ClusterSettings) -> Size:
+    """Full pods for the devices that a stage wants, no more than allowed; a rank for each device.
+
+    A stage that is not declared distributed is one process, and that sees one pod's devices only.
+    """
+    gpus = min(stage.gpus, cluster.gpus_per_node)
+    if not stage.distributed:
         return Size(1, gpus)
-    return Size(min(cluster.nodes, -(-gpus // cluster.gpus_per_node)), cluster.gpus_per_node)
+    nodes = max(1, min(cluster.nodes, -(-stage.gpus // cluster.gpus_per_node)))
+    return Size(nodes, gpus, max(1, gpus))
 
 
 def object_name(job: StageJob) -> str:
@@ -78,12 +87,12 @@ def check_reachable(settings: Settings) -> None:
         )
 
 
-def job_manifest(job: StageJob, gpus: int, cluster: ClusterSettings, yard: Settings) -> Manifest:
+def job_manifest(job: StageJob, size: Size, cluster: ClusterSettings, yard: Settings) -> Manifest:
     """The Indexed Job of a stage: one pod a node.
 
     Args:
         job: What to run.
-        gpus: Devices that the stage wants.
+        size: Pods and what is in each.
         cluster: Where and how.
         yard: Places that the pods work with; its keys stay here.
 
@@ -97,7 +106,6 @@ def job_manifest(job: StageJob, gpus: int, cluster: ClusterSettings, yard: Setti
             "pods get the database's URL and the store's keys from a Secret; name it in "
             "SAILYARD_CLUSTER_ENV_SECRET"
         )
-    size = stage_size(gpus, cluster)
     name = object_name(job)
     metadata = _metadata(name, job, cluster)
     if cluster.queue:
@@ -143,26 +151,29 @@ def service_manifest(job: StageJob, cluster: ClusterSettings, job_uid: str) -> M
     }
 
 
-def command_line(name: str, job: StageJob, size: Size, grace_seconds: int) -> list[str]:
-    """What a pod runs: the one command of the stage contract, under torchrun for several ranks."""
+def command_line(name: str, job: StageJob, size: Size) -> list[str]:
+    """What a pod runs: the one command of the stage contract; on several nodes, under torchrun.
+
+    On one node the command starts its ranks itself (SAILYARD_RANKS): then its exit status says how
+    the stage ended, which torchrun's does not.
+    """
     stage = ["sailyard", "stage", "run", job.stage, "--run", job.run_id]
     stage += ["--force"] if job.force else []
-    if size.num_processes == 1:
+    if size.nodes == 1:
         return ["python", "-m", *stage]
     return [
         "torchrun",
         f"--nnodes={size.nodes}",
-        f"--nproc-per-node={max(1, size.gpus_per_node)}",
+        f"--nproc-per-node={size.ranks_per_node}",
         "--rdzv-backend=c10d",
         # The endpoint's pod becomes the host of the rendezvous: pod 0 and no other.
-        f"--rdzv-endpoint={name}-0.{name}:{RENDEZVOUS_PORT}"
-        if size.nodes > 1
-        else f"--rdzv-endpoint=localhost:{RENDEZVOUS_PORT}",
+        f"--rdzv-endpoint={name}-0.{name}:{RENDEZVOUS_PORT}",
         f"--rdzv-id={name}",
-        # torchrun kills ranks half a minute after a signal unless told how long they may save.
-        f"--shutdown-timeout={grace_seconds}",
+        # Whoever ends the pod kills what will not save in time.
+        f"--shutdown-timeout={GRACE_SECONDS}",
         # Behind the two dashes torchrun no longer takes --run for an option of its own.
-        *("-m", "--"),
+        "-m",
+        "--",
         *stage,
     ]
 
@@ -189,7 +200,7 @@ def _label_value(text: str) -> str:
 def _failure_rules(size: Size) -> list[Manifest]:
     """A pod that was taken away or stopped is replaced for free; a stage's own error is final.
 
-    With several ranks, one that loses its neighbour also ends with status 1: there the budget of
+    On several nodes torchrun ends with 1 also where a neighbour was lost: there the budget of
     failures decides.
     """
     rules: list[Manifest] = [
@@ -199,7 +210,7 @@ def _failure_rules(size: Size) -> list[Manifest]:
         },
         {"action": "Ignore", "onExitCodes": _exit_code(EXIT_RESUME)},
     ]
-    if size.num_processes == 1:
+    if size.nodes == 1:
         rules.append({"action": "FailJob", "onExitCodes": _exit_code(EXIT_FAILED)})
     return rules
 
@@ -256,8 +267,8 @@ def _container(
         "name": CONTAINER,
         "image": cluster.image,
         "imagePullPolicy": cluster.pull_policy,
-        "command": command_line(name, job, size, cluster.grace_seconds),
-        "env": [{"name": key, "value": value} for key, value in _environment(yard).items()],
+        "command": command_line(name, job, size),
+        "env": [{"name": key, "value": value} for key, value in _environment(yard, size).items()],
         "resources": {"requests": requests, "limits": limits},
         "volumeMounts": [
             {"name": "home", "mountPath": HOME},
@@ -277,13 +288,14 @@ def _container(
     return container
 
 
-def _environment(yard: Settings) -> dict[str, str]:
+def _environment(yard: Settings, size: Size) -> dict[str, str]:
     """Places, never keys: those come from the Secret."""
     known = yard.environment()
     open_names = ("STORE", "S3_ENDPOINT", "S3_SECURE", "S3_REGION")
     return {
         "SAILYARD_HOME": HOME,
         **{f"SAILYARD_{name}": known[f"SAILYARD_{name}"] for name in open_names},
+        "SAILYARD_RANKS": str(size.ranks_per_node if size.nodes == 1 else 1),
         "HOME": HOME,
         "PYTHONUNBUFFERED": "1",
     }

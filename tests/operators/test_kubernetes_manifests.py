@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from operators.launchers import StageJob
 from operators.launchers.manifests import (
+    Size,
     check_reachable,
     job_manifest,
     object_name,
@@ -19,6 +21,8 @@ from operators.launchers.manifests import (
     stage_size,
 )
 from sailyard.cluster import ClusterSettings
+from sailyard.pipeline import build_pipeline
+from sailyard.recipe import load_recipe
 from sailyard.settings import Settings
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,6 +35,7 @@ YARD = Settings(
     s3_secret_key="SECRETKEY",
     database_url="postgresql+psycopg://yard:PASSWORD@db/yard",
 )
+STAGE = build_pipeline(load_recipe("2b")).stage("alignment.warmup")
 JOB = StageJob("alignment.warmup", "20261123-1405-2b-ab12")
 IMAGE = "registry.example/sailyard-train@sha256:" + "a" * 64
 
@@ -53,10 +58,10 @@ FULL = ClusterSettings(
 
 def objects(name: str) -> list[dict[str, Any]]:
     if name == "cpu":
-        return [job_manifest(JOB, 0, PLAIN, YARD)]
+        return [job_manifest(JOB, Size(1, 0), PLAIN, YARD)]
     if name == "one-gpu":
-        return [job_manifest(JOB, 1, PLAIN, YARD)]
-    return [job_manifest(JOB, 8, FULL, YARD), service_manifest(JOB, FULL, "the-uid")]
+        return [job_manifest(JOB, Size(1, 1), PLAIN, YARD)]
+    return [job_manifest(JOB, Size(2, 4, 4), FULL, YARD), service_manifest(JOB, FULL, "the-uid")]
 
 
 NAMES = ("cpu", "one-gpu", "multi-node")
@@ -100,12 +105,34 @@ def test_names_are_stable_distinct_and_short_enough_for_pods() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "nodes", "expected"),
-    [(0, 4, (1, 0)), (1, 4, (1, 1)), (8, 4, (1, 8)), (16, 4, (2, 8)), (64, 4, (4, 8))],
+    ("gpus", "distributed", "nodes", "expected"),
+    [
+        (0, True, 4, Size(1, 0, 1)),
+        (1, True, 4, Size(1, 1, 1)),
+        (8, True, 4, Size(1, 8, 8)),
+        (16, True, 4, Size(2, 8, 8)),
+        (64, True, 4, Size(4, 8, 8)),
+        (64, False, 4, Size(1, 8, 1)),
+    ],
 )
-def test_size(gpus: int, nodes: int, expected: tuple[int, int]) -> None:
-    size = stage_size(gpus, ClusterSettings(nodes=nodes))
-    assert (size.nodes, size.gpus_per_node) == expected
+def test_size(gpus: int, distributed: bool, nodes: int, expected: Size) -> None:
+    stage = replace(STAGE, gpus=gpus, distributed=distributed)
+    assert stage_size(stage, ClusterSettings(nodes=nodes)) == expected
+
+
+def test_ranks_of_one_node_are_the_commands_own_and_of_several_torchruns() -> None:
+    one = job_manifest(JOB, Size(1, 8, 8), PLAIN, YARD)["spec"]["template"]["spec"]["containers"][0]
+    assert one["command"][0] == "python"
+    assert {"name": "SAILYARD_RANKS", "value": "8"} in one["env"]
+    two = job_manifest(JOB, Size(2, 8, 8), FULL, YARD)["spec"]["template"]["spec"]["containers"][0]
+    assert {"name": "SAILYARD_RANKS", "value": "1"} in two["env"]
+    # As torchrun itself reads it: --run is the stage's, not short for --run-path.
+    from torch.distributed.run import parse_args
+
+    arguments = parse_args(two["command"][1:])
+    assert (arguments.nnodes, arguments.nproc_per_node) == ("2", "8")
+    assert arguments.training_script == "sailyard"
+    assert arguments.training_script_args == ["stage", "run", JOB.stage, "--run", JOB.run_id]
 
 
 def test_pods_are_as_many_as_completions() -> None:
@@ -117,9 +144,9 @@ def test_pods_are_as_many_as_completions() -> None:
 
 def test_what_cannot_work_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="SAILYARD_CLUSTER_IMAGE"):
-        job_manifest(JOB, 0, ClusterSettings(), YARD)
+        job_manifest(JOB, Size(1, 0), ClusterSettings(), YARD)
     with pytest.raises(ValueError, match="SAILYARD_CLUSTER_ENV_SECRET"):
-        job_manifest(JOB, 0, ClusterSettings(image=IMAGE), YARD)
+        job_manifest(JOB, Size(1, 0), ClusterSettings(image=IMAGE), YARD)
     with pytest.raises(ValueError, match="SAILYARD_STORE=s3://"):
         check_reachable(Settings())
     with pytest.raises(ValueError, match="PostgreSQL"):
@@ -133,9 +160,5 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SAILYARD_CLUSTER_NODE_SELECTOR", '{"gpu": "h100"}')
     monkeypatch.setenv("SAILYARD_CLUSTER_QUEUE", "research")
     assert ClusterSettings().node_selector == {"gpu": "h100"}
-    assert (
-        job_manifest(JOB, 0, ClusterSettings(image=IMAGE, env_secret="keys"), YARD)["spec"][
-            "suspend"
-        ]
-        is True
-    )
+    queued = ClusterSettings(image=IMAGE, env_secret="keys")
+    assert job_manifest(JOB, Size(1, 0), queued, YARD)["spec"]["suspend"] is True
