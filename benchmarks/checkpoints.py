@@ -59,7 +59,8 @@ def measure(learner: Learner, checkpoints: Checkpoints, folder: Path, repeats: i
     for _ in range(repeats):
         step += 1
         started = time.perf_counter()
-        save(folder / str(step), learner.tensors(), step)
+        copy = learner.tensors(into=copy)
+        save(folder / str(step), copy, step)
         blocking = time.perf_counter() - started
         step += 1
         started = time.perf_counter()
