@@ -77,8 +77,8 @@ class BackgroundSaver:
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
 
-        # Not a daemon: a process that ends must not tear a save that nothing else would repeat.
-        self._thread = threading.Thread(target=work, name="checkpoint")
+        # A daemon: whoever wants the save to be whole waits for it, and nobody else should.
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:

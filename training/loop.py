@@ -112,8 +112,10 @@ class TrainingLoop:
             self._saver.wait()
         except BaseException:
             # What is under way may still be completed; its own error matters less than this one.
-            with suppress(BaseException):
-                self._saver.wait()
+            # Of several ranks one may be gone, and its part would be waited for in vain.
+            if self.world.size == 1:
+                with suppress(BaseException):
+                    self._saver.wait()
             raise
 
     def _save(self, scalars: Mapping[str, Any], extra: Mapping[str, torch.Tensor]) -> None:

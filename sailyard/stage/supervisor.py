@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from sailyard.processes import adopt_orphans, die_with_parent, end_children
 from sailyard.runs import stage_result
-from sailyard.stage.errors import EXIT_FAILED
+from sailyard.stage.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUME
 from sailyard.stage.results import StageResult, write_run_copy
 from sailyard.stage.runner import STOP_SIGNALS, execute
 from sailyard.stage.shipping import LogShipper
@@ -67,8 +67,8 @@ def supervise(yard: Yard, run: Run, stage: Stage, *, force: bool = False) -> int
         watch = _Watch(yard, child, log_read, bar_read, shipper, screen)
         code = os.waitstatus_to_exitcode(watch.pass_on_until_end())
         end_children()
-        if code < 0:
-            watch.line(f"{stage.name}: {_note_killed(yard, run, stage, -code)}")
+        if why := _why_lost(yard, run, stage, code):
+            watch.line(f"{stage.name}: {_note_lost(yard, run, stage, why)}")
         shipper.close()
     if code in (-signal.SIGKILL, -signal.SIGTERM):
         os.kill(os.getpid(), -code)
@@ -205,10 +205,22 @@ class _Watch:
             self._screen.progress(json.loads(text))
 
 
-def _note_killed(yard: Yard, run: Run, stage: Stage, number: int) -> str:
-    """Write down that the stage was killed; returns a sentence about it."""
-    hint = ", perhaps for lack of memory" if number == signal.SIGKILL else ""
-    error = f"killed by {signal.Signals(number).name}{hint}; run it again to go on"
+def _why_lost(yard: Yard, run: Run, stage: Stage, code: int) -> str:
+    """How a stage ended that could not say so itself; "" for one that did."""
+    if code < 0:
+        hint = ", perhaps for lack of memory" if code == -signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{hint}; run it again to go on"
+    if code in (EXIT_OK, EXIT_RESUME):
+        return ""
+    with contextlib.suppress(Exception):
+        known = stage_result(run.id, stage.name, yard)
+        if known is not None and known.status == "running":
+            return f"ended at once with status {code}, see the lines above; run it again to go on"
+    return ""
+
+
+def _note_lost(yard: Yard, run: Run, stage: Stage, error: str) -> str:
+    """Write down that the stage is lost; returns a sentence about it."""
     try:
         known = stage_result(run.id, stage.name, yard)
         if known is None or not known.finished:

@@ -87,6 +87,12 @@ def crash(ctx: StageContext) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def end_at_once(ctx: StageContext) -> None:
+    """Ends as a watchdog ends a process that hangs: without another word of its own."""
+    print("where it hung", flush=True)
+    os._exit(1)
+
+
 def run_out_of_memory(ctx: StageContext) -> None:
     """Is killed the way the kernel does it."""
     print("about to be killed")
@@ -190,6 +196,7 @@ def main() -> None:
             (
                 "fail",
                 "crash",
+                "end_at_once",
                 "run_out_of_memory",
                 "linger",
                 "leave_helper",

@@ -108,6 +108,19 @@ def test_a_killed_child_is_reported_by_its_supervisor(yard: Yard) -> None:
     assert "about to be killed" in stage_log("run-1", "curation.run_out_of_memory", yard=yard)
 
 
+def test_a_process_that_ends_at_once_does_not_go_on_saying_running(yard: Yard) -> None:
+    output = finish(process := start("curation.end_at_once"))
+    assert process.returncode == EXIT_FAILED
+    assert "where it hung" in output
+    assert "ended at once with status 1" in output
+    result = stage_result("run-1", "curation.end_at_once", yard)
+    assert result is not None
+    assert result.status == "lost"
+    row = queries.stage_run(yard.database, "run-1", "curation.end_at_once")
+    assert row is not None
+    assert row.status == "lost"
+
+
 def test_a_crash_in_native_code_is_a_failure_with_its_log(yard: Yard) -> None:
     process = start("curation.crash")
     output = finish(process)
