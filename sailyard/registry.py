@@ -176,17 +176,27 @@ class Registry:
             session.flush()
             return _infos(session, [target])[0]
 
-    def rollback(self, alias: str, *, actor: str = "", reason: str = "") -> ModelVersion:
+    def rollback(
+        self, alias: str, *, actor: str = "", reason: str = "", only_from: str = ""
+    ) -> ModelVersion:
         """Point the alias at what it pointed at before; again goes further back.
 
+        Args:
+            alias: That moves.
+            actor: Who moves it; by default this process's user.
+            reason: Kept with the move.
+            only_from: Digest of a checkpoint; an alias that has left it meanwhile stays.
+
         Raises:
-            RegistryError: There is nothing before.
+            RegistryError: There is nothing before, or the alias is elsewhere.
         """
         with self._database.write() as session:
             _one_at_a_time(session)
             row = session.get(Alias, alias)
             if row is None:
                 raise RegistryError(f"nothing was ever promoted to {alias!r}")
+            if only_from and session.get_one(VersionRow, row.version_id).checkpoint != only_from:
+                raise RegistryError(f"{alias!r} points elsewhere by now")
             history = _standing(session, alias)
             if len(history) < 2:
                 raise RegistryError(

@@ -1,4 +1,4 @@
-"""What the endpoint may be told from outside: bounds, the key, where to look for a new version.
+"""What the endpoint may be told from outside: bounds, the key, which version to serve.
 
 Everything here is our choice: the paper says nothing about serving. The bounds exist because one
 request must never be able to take the server away from the others.
@@ -19,6 +19,10 @@ class ServingSettings(BaseSettings):
 
     alias: str = "production"
     """Registry alias whose version is served."""
+
+    version: str = ""
+    """Digest of one checkpoint, served whatever the alias does, and ready only after its own smoke
+    test: what a rollout gives a pod. Empty: follow the alias."""
 
     poll_seconds: float = Field(5.0, gt=0)
     """How often the alias is looked up, in seconds; /admin/reload looks at once."""

@@ -76,13 +76,13 @@ def target_of(ctx: StageContext, alias: str, checkpoint: str) -> tuple[bool, lis
     return False, ["--checkpoint", str(ctx.artifacts.fetch(checkpoint))]
 
 
-def pick(heldout: Path) -> list[Sample]:
-    """The first few held-out questions of each skill, in stored order."""
+def pick(heldout: Path, per_skill: int = QUESTIONS_PER_SKILL) -> list[Sample]:
+    """The first held-out questions of each skill, in stored order."""
     taken: dict[str, int] = defaultdict(int)
     chosen = []
     for sample in read_samples(heldout):
         skill = sample.meta.get("skill", sample.task)
-        if taken[skill] < QUESTIONS_PER_SKILL:
+        if taken[skill] < per_skill:
             taken[skill] += 1
             chosen.append(sample)
     if not chosen:

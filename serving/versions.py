@@ -60,6 +60,10 @@ class Versions:
     Args:
         look_up: Asks the registry for the version behind the alias. Slow; None = none promoted.
         load: Makes a served version of a fetched one. Slow.
+        nothing: What to tell clients while no version is promoted.
+        prove: Tries a version that has just been loaded, through the server itself; raises when it
+            fails. Until it has passed the server answers but is not ready. Slow.
+        idle_is_ready: Whether a server that has nothing to serve is as ready as it can be.
     """
 
     def __init__(
@@ -67,9 +71,14 @@ class Versions:
         look_up: Callable[[], Wanted | None],
         load: Callable[[Wanted], Served],
         nothing: str,
+        prove: Callable[[Served], None] | None = None,
+        idle_is_ready: bool = False,
     ) -> None:
         self._look_up, self._load, self._nothing = look_up, load, nothing
+        self._prove, self._idle_is_ready = prove, idle_is_ready
         self._current: Served | None = None
+        self._proven = prove is None
+        self._rejected: str | None = None
         self._one_at_a_time = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self.last_error: str | None = None
@@ -121,7 +130,19 @@ class Versions:
             self.on_reload(True)
             if old is not None:
                 self._retire(old)
+            if self._prove is not None:
+                await self._put_to_the_proof(self._prove, served)
             return True
+
+    async def _put_to_the_proof(self, prove: Callable[[Served], None], served: Served) -> None:
+        try:
+            await asyncio.to_thread(prove, served)
+        except Exception as error:
+            log.exception("%s failed its smoke test", served.name)
+            self._rejected = f"{served.name} failed its smoke test: {error}"
+        else:
+            self._proven = True
+            log.info("%s passed its smoke test", served.name)
 
     async def watch(self, seconds: float) -> None:
         """Look the alias up again and again, until cancelled."""
@@ -139,12 +160,14 @@ class Versions:
     def status(self) -> dict[str, Any]:
         """What /ready tells."""
         served = self._current
+        idle = self._idle_is_ready and served is None and self.last_error is None
         return {
-            "ready": served is not None,
+            "ready": idle or (served is not None and self._proven),
             "model": served.name if served else None,
             "digest": served.digest if served else None,
             "loaded_seconds_ago": round(time.time() - served.since, 1) if served else None,
-            "error": self.last_error or (None if served else self._nothing),
+            "error": self._rejected or self.last_error or (None if served else self._nothing),
+            "rejected": self._rejected is not None,
         }
 
     def _is_served(self, wanted: Wanted) -> bool:
