@@ -14,6 +14,7 @@ from sailyard.cli.network import model_app
 from sailyard.cli.output import errors
 from sailyard.cli.planning import plan
 from sailyard.cli.running import run, stage_app
+from sailyard.cli.setup import setup
 
 commands = typer.Typer(
     name="sailyard",
@@ -24,7 +25,7 @@ commands = typer.Typer(
 commands.command()(run)
 commands.add_typer(stage_app, name="stage")
 commands.add_typer(model_app, name="model")
-for command in (plan, status, report, lineage, ingest, promote, rollback, serve, doctor):
+for command in (plan, status, report, lineage, ingest, promote, rollback, serve, setup, doctor):
     commands.command()(command)
 
 

@@ -1,0 +1,54 @@
+"""``sailyard setup``: the bucket and the lineage schema, before anything else needs them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sailyard.cli.output import console
+
+if TYPE_CHECKING:
+    from sailyard.yard import Yard
+
+_PAUSE_SECONDS = 2.0
+
+
+def setup(
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for servers that are not up yet.")
+    ] = 0.0,
+) -> None:
+    """Create the store's bucket if it is missing, and bring the database's schema up to date."""
+    from sailyard.yard import Yard
+
+    yard = Yard()
+    deadline = time.monotonic() + wait
+    _until(lambda: _bucket(yard), deadline)
+    _until(lambda: yard.registry.aliases(), deadline)
+    console.print("store and database are ready", highlight=False)
+
+
+def _bucket(yard: Yard) -> None:
+    from sailyard.artifacts.s3 import S3Store
+
+    if isinstance(yard.store, S3Store):
+        yard.store.create_bucket()
+
+
+def _until(attempt: Callable[[], object], deadline: float) -> None:
+    """Try again while servers are away. The last error is what is told."""
+    from sailyard.artifacts.objects import StoreError
+    from sailyard.lineage.database import DatabaseError
+
+    while True:
+        try:
+            attempt()
+            return
+        except (StoreError, DatabaseError) as error:
+            if time.monotonic() > deadline:
+                raise
+            console.print(f"waiting: {error}", markup=False, highlight=False, soft_wrap=True)
+            time.sleep(_PAUSE_SECONDS)
