@@ -72,7 +72,6 @@ def airflow_environment(home: Path, dags_folder: Path, port: int, task_port: int
         "SCHEDULER__ENABLE_HEALTH_CHECK": "False",
         # A killed demo leaves running tasks behind; the next one must not wait minutes for them.
         "SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "60",
-        "USAGE_DATA_COLLECTION__ENABLED": "False",
     }
     # Another Airflow's settings in the caller's environment are not for this one.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("AIRFLOW_")}

@@ -131,11 +131,13 @@ class Yard:
 
 
 @contextmanager
-def serve(yard: Yard, **options: object) -> Iterator[tuple[str, Versions]]:
+def serve(
+    yard: Yard, prove: Callable[[object], None] | None = None, **options: object
+) -> Iterator[tuple[str, Versions]]:
     """A real uvicorn on a free loopback port; yields its address."""
     settings = ServingSettings(**{"poll_seconds": 60.0, **options})
     versions = Versions(
-        yard.look_up, lambda wanted: load_served(wanted, settings), "nothing is promoted"
+        yard.look_up, lambda wanted: load_served(wanted, settings), "nothing is promoted", prove
     )
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
