@@ -46,8 +46,9 @@ def build_pipeline(recipe: Recipe) -> Pipeline:
     """The graph a recipe asks for: a mixture-of-experts model adds expert calibration."""
     moe = recipe.model.language.moe is not None
     full_size = recipe.model.pretrained_language is not None
-    train_gpus = TRAINING_GPUS if full_size else 0
-    infer_gpus = INFERENCE_GPUS if full_size else 0
+    devices = recipe.devices
+    train_gpus = _chosen(devices.training, TRAINING_GPUS if full_size else 0)
+    infer_gpus = _chosen(devices.inference, INFERENCE_GPUS if full_size else 0)
     return Pipeline(
         [
             *data.source_stages(),
@@ -62,3 +63,7 @@ def build_pipeline(recipe: Recipe) -> Pipeline:
             *release.deployment_stages(infer_gpus),
         ]
     )
+
+
+def _chosen(asked: int | None, otherwise: int) -> int:
+    return otherwise if asked is None else asked

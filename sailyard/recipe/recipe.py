@@ -21,6 +21,20 @@ from sailyard.recipe.stages import (
 from sailyard.recipe.training import RLRecipe, TrainRecipe
 
 
+class Devices(Section):
+    """Accelerators that stages take on a cluster. No part of any cache key: results do not change.
+
+    None leaves the choice to the recipe's size: 8 and 1 where the parts are downloaded, else 0.
+    """
+
+    training: int | None = Field(None, ge=0, le=32_768)
+    """Devices of a training stage, one rank each; more than a node has are several nodes (our
+    choice: one node of 8)."""
+
+    inference: int | None = Field(None, ge=0, le=64)
+    """Devices of a stage that runs a model in one process (our choice: 1)."""
+
+
 class Recipe(Section):
     """A whole run. Without any file it is the paper's 2B model."""
 
@@ -59,6 +73,9 @@ class Recipe(Section):
 
     deployment: Deployment = Deployment()
     """Deployment."""
+
+    devices: Devices = Devices()
+    """Devices on a cluster."""
 
     @property
     def is_moe(self) -> bool:
