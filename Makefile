@@ -10,7 +10,7 @@ DATA ?=
 EXIT ?=
 PYTEST_ARGS ?=
 
-.PHONY: help install demo test lint format types contracts unit results clean
+.PHONY: help install demo test test-cluster lint format types contracts unit results clean
 
 help:
 	@echo "make install                  build $(VENV) with everything (once; a few minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make demo DATA=PATH           mix your own images and captions in"
 	@echo "make demo RECIPE=tiny-moe     another recipe"
 	@echo "make test                     everything CI runs: lint, types, import contracts, tests"
+	@echo "make test-cluster             the chart and the pipeline on the cluster of KUBECONFIG (docs/cluster.md)"
 	@echo "make format                   apply the formatter and the safe lint fixes"
 	@echo "make results                  rewrite the README's results from the latest run"
 	@echo "make clean                    remove caches and build products (keeps $(VENV) and .sailyard)"
@@ -54,6 +55,9 @@ contracts: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cluster: $(STAMP)
+	SAILYARD_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -x -v -s $(PYTEST_ARGS)
 
 results: $(STAMP)
 	$(BIN)/python -m sailyard.results README.md
