@@ -26,8 +26,8 @@ def setup(
 
     yard = Yard()
     deadline = time.monotonic() + wait
-    _until(lambda: _bucket(yard), deadline)
-    _until(lambda: yard.registry.aliases(), deadline)
+    _until(yard, lambda: _bucket(yard), deadline)
+    _until(yard, lambda: yard.registry.aliases(), deadline)
     console.print("store and database are ready", highlight=False)
 
 
@@ -38,7 +38,7 @@ def _bucket(yard: Yard) -> None:
         yard.store.create_bucket()
 
 
-def _until(attempt: Callable[[], object], deadline: float) -> None:
+def _until(yard: Yard, attempt: Callable[[], object], deadline: float) -> None:
     """Try again while servers are away. The last error is what is told."""
     from sailyard.artifacts.objects import StoreError
     from sailyard.lineage.database import DatabaseError
@@ -50,5 +50,6 @@ def _until(attempt: Callable[[], object], deadline: float) -> None:
         except (StoreError, DatabaseError) as error:
             if time.monotonic() > deadline:
                 raise
-            console.print(f"waiting: {error}", markup=False, highlight=False, soft_wrap=True)
+            text = yard.redact(f"waiting: {error}")
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
             time.sleep(_PAUSE_SECONDS)
