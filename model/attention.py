@@ -27,6 +27,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from model.masks import sample_starts
+
 BACKEND = "sailyard_segments"  # attn_implementation of the decoder
 
 
@@ -55,9 +57,7 @@ def segment_layout(segment_ids_BT: torch.Tensor) -> SegmentLayout:
     """
     flat = segment_ids_BT.reshape(-1)
     device = flat.device
-    starts = torch.ones_like(segment_ids_BT, dtype=torch.bool)
-    starts[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    first = starts.reshape(-1).nonzero()[:, 0]
+    first = sample_starts(segment_ids_BT).reshape(-1).nonzero()[:, 0]
     lengths = torch.diff(first, append=first.new_tensor([flat.numel()]))
     sample = flat[first] != 0
     first, lengths = first[sample], lengths[sample]
