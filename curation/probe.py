@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from model.batching import ImageInputs, image_inputs
-from model.masks import block_mask, block_positions
 from model.language import IGNORE
+from model.masks import block_mask, block_positions
 from sailyard.media import decode_image
 from sailyard.samples import Sample
 

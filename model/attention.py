@@ -5,6 +5,9 @@ that may not see each other. Here the samples of all rows are laid out as a batc
 for the attention call alone, without any mask; the decoder's look back, the tower's both ways.
 On one CPU core, a training step of a 4M-parameter model on 64-token samples in 512-token rows
 took 0.75 times as long (best of six).
+
+Shape suffixes: B rows, T tokens of a row, H heads, d head width; S samples of a bucket, L their
+common length.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The paper (section 2.2) calibrates on language data and finds that text behaviour stays while
 entropy on multimodal data rises; it does not say what is trained. Here it is the router weights,
 under the token loss (which keeps the behaviour) and the balance loss (which spreads the slots).
+
+Shapes: B rows, T tokens of a row, E experts, D decoder width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Attention masks and positions of packed and padded rows."""
+"""Attention masks and positions of packed and padded rows.
+
+Shape suffixes: B rows, T tokens of a row.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,11 @@ class OutputLayer(nn.Linear):
             return self._losses(hidden, targets_M, temperature)
         blocks = [
             checkpoint(
-                self._losses, rows, targets, temperature, use_reentrant=False,
+                self._losses,
+                rows,
+                targets,
+                temperature,
+                use_reentrant=False,
                 preserve_rng_state=False,
             )
             for rows, targets in zip(hidden.split(size), targets_M.split(size), strict=True)
