@@ -29,7 +29,7 @@ import torch
 from benchmarks.mix import LONGCOT, MULTITASK, Kind, describe, draw
 from model.checkpoint import build_language
 from model.config import language_config_of
-from model.modeling import language_forward
+from model.language import language_forward
 from sailyard.recipe import load_recipe
 from training.packing import fill_row
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from model.batching import ImageInputs, image_inputs
+from model.language import IGNORE
 from model.masks import block_mask, block_positions
-from model.modeling import IGNORE
 from sailyard.media import decode_image
 from sailyard.samples import Sample
 
@@ -84,12 +84,14 @@ def rows_of(lengths: Sequence[int], limit: int = ROW_TOKENS) -> Iterator[list[in
         yield row
 
 
-def _forward(model: SailVLForConditionalGeneration, row: Row):  # type: ignore[no-untyped-def]
+def _forward(  # type: ignore[no-untyped-def]
+    model: SailVLForConditionalGeneration, row: Row, **wanted: torch.Tensor
+):
     return model(
         input_ids=row.input_ids,
         attention_mask=row.segment_ids,
-        labels=row.labels,
         **row.images,
+        **wanted,
         output_router_logits=False,
     )
 
@@ -103,7 +105,7 @@ def answer_probabilities(
     found = np.zeros(len(encoded))
     for positions in rows_of([len(item.input_ids) for item in encoded]):
         row = pack([encoded[p] for p in positions])
-        out = _forward(model, row)
+        out = _forward(model, row, labels=row.labels)
         segments = row.segment_ids[out.label_rows, out.label_cols] - 1
         totals = torch.zeros(len(positions)).index_add_(0, segments, (-out.loss_per_token).exp())
         counts = torch.bincount(segments, minlength=len(positions)).clamp_min(1)
@@ -124,13 +126,14 @@ def contradictions(
     against, answers = np.zeros(len(encoded), dtype=int), np.zeros(len(encoded), dtype=int)
     for positions in rows_of([len(item.input_ids) for item in encoded]):
         row = pack([encoded[p] for p in positions])
-        out = _forward(model, row)
-        columns, segments = out.label_cols, row.segment_ids[out.label_rows, out.label_cols] - 1
+        (columns,) = (row.labels[0] != IGNORE).nonzero(as_tuple=True)
         # The first trained token of a turn is the one whose neighbour before it is not trained.
-        first = row.labels[0, columns - 1] == IGNORE
-        probability, guess = out.logits[first].float().softmax(dim=-1).max(dim=-1)
-        wrong = (guess != row.labels[0, columns[first]]) & (probability > SURE)
-        owners = np.array(positions)[segments[first].numpy()]
+        columns = columns[row.labels[0, columns - 1] == IGNORE]
+        segments = row.segment_ids[0, columns] - 1
+        logits = _forward(model, row, logits_to_keep=columns - 1).logits[0]
+        probability, guess = logits.float().softmax(dim=-1).max(dim=-1)
+        wrong = (guess != row.labels[0, columns]) & (probability > SURE)
+        owners = np.array(positions)[segments.numpy()]
         np.add.at(answers, owners, 1)
         np.add.at(against, owners[wrong.numpy()], 1)
     return against, answers
@@ -154,7 +157,8 @@ def tune(
     order = np.random.default_rng(seed).permutation(len(encoded))
     shuffled = [encoded[int(i)] for i in order]
     for positions in rows_of([len(item.input_ids) for item in shuffled], batch_tokens):
-        out = _forward(tuned, pack([shuffled[p] for p in positions]))
+        row = pack([shuffled[p] for p in positions])
+        out = _forward(tuned, row, labels=row.labels)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
         optimizer.step()

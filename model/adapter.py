@@ -1,4 +1,7 @@
-"""The adapter: merge squares of patches into channels, then a two-layer MLP into the decoder."""
+"""The adapter: merge squares of patches into channels, then a two-layer MLP into the decoder.
+
+Shape suffixes: N tiles, P patches of a tile, D width of the tower.
+"""
 
 from __future__ import annotations
 

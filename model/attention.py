@@ -5,6 +5,9 @@ that may not see each other. Here the samples of all rows are laid out as a batc
 for the attention call alone, without any mask; the decoder's look back, the tower's both ways.
 On one CPU core, a training step of a 4M-parameter model on 64-token samples in 512-token rows
 took 0.75 times as long (best of six).
+
+Shape suffixes: B rows, T tokens of a row, H heads, d head width; S samples of a bucket, L their
+common length.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from transformers.masking_utils import (
     packed_sequence_mask_function,
     sdpa_mask,
 )
+
+from model.masks import sample_starts
 
 BACKEND = "sailyard_segments"  # attn_implementation of the decoder
 
@@ -55,9 +60,7 @@ def segment_layout(segment_ids_BT: torch.Tensor) -> SegmentLayout:
     """
     flat = segment_ids_BT.reshape(-1)
     device = flat.device
-    starts = torch.ones_like(segment_ids_BT, dtype=torch.bool)
-    starts[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    first = starts.reshape(-1).nonzero()[:, 0]
+    first = sample_starts(segment_ids_BT).reshape(-1).nonzero()[:, 0]
     lengths = torch.diff(first, append=first.new_tensor([flat.numel()]))
     sample = flat[first] != 0
     first, lengths = first[sample], lengths[sample]

@@ -3,6 +3,8 @@
 The paper (section 2.2) calibrates on language data and finds that text behaviour stays while
 entropy on multimodal data rises; it does not say what is trained. Here it is the router weights,
 under the token loss (which keeps the behaviour) and the balance loss (which spreads the slots).
+
+Shapes: B rows, T tokens of a row, E experts, D decoder width.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from model.modeling import IGNORE, SailVLForConditionalGeneration, language_forward
+from model.language import IGNORE, language_forward
+from model.masks import sample_starts
+from model.modeling import SailVLForConditionalGeneration
 from model.moe import RouterHealth, RouterMeter, balance_loss
 
 # (input_ids [B, T], segment_ids [B, T] with 0 for padding)
@@ -157,9 +161,8 @@ class ExpertCalibrator:
     def _forward(
         self, input_ids: torch.Tensor, segment_ids: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
-        starts = torch.ones_like(segment_ids, dtype=torch.bool)
-        starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-        labels = input_ids.masked_fill(starts | (segment_ids == 0), IGNORE)
+        unpredicted = sample_starts(segment_ids) | (segment_ids == 0)
+        labels = input_ids.masked_fill(unpredicted, IGNORE)
         embeds = self.language_model.get_input_embeddings()(input_ids)
         out = language_forward(
             self.language_model, embeds, attention_mask=segment_ids, labels=labels

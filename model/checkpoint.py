@@ -1,4 +1,7 @@
-"""Checkpoints in and out: whole models, towers and language models, safetensors only."""
+"""Checkpoints in and out: whole models, towers and language models, safetensors only.
+
+Shape suffixes: V vocabulary, D decoder width.
+"""
 
 from __future__ import annotations
 
@@ -24,21 +27,23 @@ from transformers.utils import logging as hf_logging
 from model.adapter import Adapter
 from model.attention import BACKEND
 from model.chat import IMG_CONTEXT
-from model.config import SailViTConfig, SailVLConfig, language_config_of, vision_config_of
+from model.config import (
+    LANGUAGE_TYPES,
+    SailViTConfig,
+    SailVLConfig,
+    language_config_of,
+    vision_config_of,
+)
 from model.experts import choose_experts
 from model.modeling import SailVLForConditionalGeneration
 from model.processor import SailVLProcessor
+from model.shards import CheckpointError, read_headers
 from model.tokenizer import is_hub_id, load_tokenizer
 from model.vision import SailViT
 
 SHARD_SIZE = "4GB"
 # Packed rows are cheap in the decoder's own backend; everything else is plain sdpa.
 ATTENTION = {"": "sdpa", "vision_config": "sdpa", "text_config": BACKEND}
-LANGUAGE_TYPES = ("qwen3", "qwen3_moe")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint directory that is not what the caller takes it for."""
 
 
 def build_language(config: Qwen3Config | Qwen3MoeConfig, seed: int = 0) -> PreTrainedModel:
@@ -187,14 +192,14 @@ def load_model(
     """Read what `save_model` wrote; the model comes in eval mode.
 
     Raises:
-        CheckpointError: no config, or a different kind of model.
+        CheckpointError: no config, a different kind of model, or a tensor that is missing, of
+            another shape, without a place, or cut off; the first is named.
         ProcessorError, TokenizerError: the processor's files are missing.
     """
     _check_type(directory, ("sailvl",))
-    with _quiet():
-        model = SailVLForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, attn_implementation=ATTENTION
-        )
+    model = _read(
+        SailVLForConditionalGeneration, directory, dtype=dtype, attn_implementation=ATTENTION
+    )
     return model, SailVLProcessor.from_pretrained(directory)
 
 
@@ -207,16 +212,17 @@ def load_vision(name_or_path: str | Path, dtype: torch.dtype = torch.float32) ->
     """Read a tower: a directory or Hugging Face id of ours or of AIMv2 in transformers' layout.
 
     Raises:
-        CheckpointError: a different kind of model.
+        CheckpointError: a different kind of model, or a tensor at fault, as in `load_model`.
     """
     _check_type(name_or_path, ("sailvit", "aimv2_vision_model"))
-    with _quiet():
-        return SailViT.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            use_head=False,  # AIMv2's pooling head is not part of SAIL-ViT
-        )
+    return _read(
+        SailViT,
+        name_or_path,
+        left_out="head.",  # AIMv2's pooling head is not part of SAIL-ViT
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_head=False,
+    )
 
 
 def save_language(
@@ -239,14 +245,11 @@ def load_language(
         dtype: of the weights in memory.
 
     Raises:
-        CheckpointError: a different kind of model.
+        CheckpointError: a different kind of model, or a tensor at fault, as in `load_model`.
         TokenizerError: no tokenizer, or not Qwen's.
     """
     _check_type(name_or_path, LANGUAGE_TYPES)
-    with _quiet():
-        language = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, attn_implementation=BACKEND
-        )
+    language = _read(AutoModelForCausalLM, name_or_path, dtype=dtype, attn_implementation=BACKEND)
     if language.config.model_type == "qwen3_moe":
         language.set_experts_implementation(choose_experts())
     tokenizer = load_tokenizer(name_or_path)
@@ -262,6 +265,37 @@ def _save(directory: str | Path, model: PreTrainedModel) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     with _quiet():
         model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
+
+
+def _read(kind: Any, name_or_path: str | Path, left_out: str = "-", **settings: Any) -> Any:
+    """`from_pretrained`, which would fill a missing tensor with random numbers, as an error.
+
+    Args:
+        kind: class to load.
+        left_out: beginning of the names of stored tensors that are not wanted.
+    """
+    if Path(name_or_path).is_dir():
+        read_headers(name_or_path)  # a file that was cut off is told with the tensor's name
+    with _quiet():
+        model, found = kind.from_pretrained(
+            name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    faults = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    faults += [
+        f"{name}: expected {list(expected)}, found {list(stored)}"
+        for name, stored, expected in sorted(found["mismatched_keys"])
+    ]
+    faults += [
+        f"{name} has no place in this network"
+        for name in sorted(found["unexpected_keys"])
+        if not name.startswith(left_out)
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{name_or_path}: {faults[0]}; take config.json and the weights from the same "
+            f"checkpoint"
+        )
+    return model
 
 
 @contextmanager

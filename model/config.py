@@ -8,6 +8,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
 
+LANGUAGE_TYPES = ("qwen3", "qwen3_moe")
+
 
 class SailViTConfig(Aimv2VisionConfig):
     """AIMv2 encoder as SAIL-ViT uses it: no pooling head, learned positions.
@@ -54,7 +56,7 @@ class SailVLConfig(PreTrainedConfig):
         downsample: side of the square of patches merged into one language token (released
             `downsample_ratio` 0.5 = 2, in "v2" order).
         image_token_id: id of <IMG_CONTEXT>, whose positions take the visual tokens.
-        router_global_balance: average the routing statistics over all ranks before the balance
+        router_global_balance: sum the routing statistics over all ranks before the balance
             loss is computed (paper section 2.2). Of no effect on a dense decoder.
         router_z_loss_coef: weight of the router z-loss, 0 for none.
     """
@@ -114,6 +116,7 @@ def vision_config_of(section: Any) -> SailViTConfig:
         image_size=section.image_size,
         patch_size=section.patch_size,
         rms_norm_eps=section.rms_norm_eps,
+        rope_2d=section.rope_2d,
     )
 
 

@@ -5,6 +5,9 @@ concatenated, hooks looked up. This one does the arithmetic only. For a 3M-param
 one busy CPU core a step took 0.67 times the CPU time at one row and 0.76 times at 16 rows (best
 and median of 59 agree); with more rows the arithmetic is what is left. A test holds it equal to
 a full forward.
+
+Shape suffixes: B rows, T tokens of a prompt, D decoder width, H heads, Hkv key heads, d head width,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The products of the fused experts as launches of the Triton kernels of `experts_kernels.py`.
 
-The same five functions as `experts_torch.py`, with the same shapes. Nothing here waits for the
-device. The kernels were checked for their results in Triton's interpreter; no GPU has timed or
-tuned them yet (docs/moe.md).
+The same five functions as `experts_torch.py`, with the same shapes and suffixes (legend in
+`experts.py`). Nothing here waits for the device. The kernels were checked for their results in
+Triton's interpreter; no GPU has timed or tuned them yet (docs/moe.md).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A result depends on the model, the prompt, the seed and the prompt's index only: each row has its
 own random numbers, drawn before it starts, so batch size and order do not matter (but for the
 last bits of a matrix product, which differ with its shape).
+
+Shape suffixes: B rows, T tokens of a prompt, V vocabulary.
 """
 
 from __future__ import annotations

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import CheckpointError
 from model.modeling import PARTS
 from model.release import CONFIG, check_native, check_released
 from model.release_config import layout_of
-from model.shards import StoredTensor, read_headers, read_object
+from model.shards import CheckpointError, StoredTensor, read_headers, read_object
 
 _PREFIXES = dict(zip(PARTS, ("vision_model.", "mlp1.", "language_model."), strict=True))
 _SHOWN = {

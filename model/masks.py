@@ -1,4 +1,7 @@
-"""Attention masks and positions of packed and padded rows."""
+"""Attention masks and positions of packed and padded rows.
+
+Shape suffixes: B rows, T tokens of a row.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,13 @@ def block_mask(segment_ids_BT: torch.Tensor) -> torch.Tensor:
     return (same & causal) | diagonal
 
 
+def sample_starts(segment_ids_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool, True at the first token of every sample and of every stretch of padding."""
+    starts = torch.ones_like(segment_ids_BT, dtype=torch.bool)
+    starts[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    return starts
+
+
 def block_positions(segment_ids_BT: torch.Tensor) -> torch.Tensor:
     """Positions that start again at 0 in every segment.
 
@@ -34,9 +44,7 @@ def block_positions(segment_ids_BT: torch.Tensor) -> torch.Tensor:
     """
     length = segment_ids_BT.shape[1]
     index = torch.arange(length, device=segment_ids_BT.device).expand_as(segment_ids_BT)
-    starts = torch.ones_like(segment_ids_BT, dtype=torch.bool)
-    starts[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    first = torch.where(starts, index, 0).cummax(dim=1).values
+    first = torch.where(sample_starts(segment_ids_BT), index, 0).cummax(dim=1).values
     return index - first
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.initialization import no_init_weights
 
-from model.checkpoint import ATTENTION, CheckpointError, load_model, save_model
+from model.checkpoint import ATTENTION, load_model, save_model
 from model.config import SailVLConfig
 from model.counting import empty_model
 from model.layouts import EMBEDDING, HEAD, native_views, released_views
@@ -26,6 +26,7 @@ from model.release_config import (
 )
 from model.shards import (
     SHARD_BYTES,
+    CheckpointError,
     check_tensors,
     read_headers,
     read_object,
@@ -93,8 +94,14 @@ def save_released(
         shard_bytes: most bytes of tensors in one file.
 
     Raises:
-        CheckpointError: tensors of several types, for which the layout has no word.
+        CheckpointError: tensors of several types, or a tower with 2D RoPE, for which the layout has
+            no word.
     """
+    if model.config.vision_config.rope_2d:
+        raise CheckpointError(
+            "the released layout has no word for vision_config.rope_2d, and its readers would "
+            "leave it out; keep the native layout"
+        )
     views = released_views(model)
     for name, pieces in views.items():
         if pieces[0].dtype != model.dtype:
@@ -153,7 +160,7 @@ def check_released(directory: str | Path) -> torch.dtype:
 def check_native(directory: str | Path) -> torch.dtype:
     """The type of a checkpoint of ours, whose tensors are checked by name, shape and type.
 
-    `load_model` does not do that: it fills what is missing with random weights.
+    `load_model` finds the same out while it reads; this reads no tensor.
 
     Raises:
         CheckpointError: names the first tensor that is missing or does not fit.

@@ -16,9 +16,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from model.checkpoint import LANGUAGE_TYPES, CheckpointError
-from model.config import SailViTConfig, SailVLConfig
-from model.shards import DTYPES
+from model.config import LANGUAGE_TYPES, SailViTConfig, SailVLConfig
+from model.shards import DTYPES, CheckpointError
 
 Layout = Literal["released", "native"]
 

@@ -13,13 +13,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model.checkpoint import CheckpointError
-
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # the released 5.46 GB lie in two files
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 AGAIN = "copy or download it again"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is broken, or not what the caller takes it for."""
+
 
 Pieces = tuple[torch.Tensor, ...]
 """Views of a network's memory; joined along their first dimension they are one stored tensor."""

@@ -24,6 +24,7 @@ PARALLEL: tuple[Parallel, ...] = ("ddp", "zero1", "zero2", "zero3")
 
 MOMENTS = 8  # bytes: Adam's first and second
 MASTER = 4  # bytes: ZeRO's own copy of its share of the weights
+LOGITS_AT_ONCE = 2**27  # as in model.output_layer, which nothing here may import
 BUCKET = 500_000_000  # gradients that DeepSpeed reduces at once (reduce_bucket_size, its default)
 
 
@@ -208,11 +209,13 @@ def memory_of(
 
     kept = activations(network, learning, e, layout.checkpointing)
     tokens = seq_len * layout.micro_batch
-    logits = tokens * network.shape.language.vocab_size * (4 + 2 * e)
+    vocab = network.shape.language.vocab_size
+    labels = min(tokens, max(1, LOGITS_AT_ONCE // vocab))
+    logits = labels * vocab * (4 + 2 * e)
     pictures = tokens * kept.per_visual_token
     if not learning.uses_vision:
         pictures = 0
-    words = tokens * kept.per_label + logits
+    words = labels * kept.per_label + logits
     worst_is_text = words >= pictures
     copies = copied(network, learning, layout) if e == 2 and not zero else 0.0
     if copies and layout.checkpointing:
@@ -220,7 +223,7 @@ def memory_of(
         # logits' gradient in the type of the products: only what exceeds those adds to the peak.
         later: float = tokens * decoder_layer_bytes(network, e, learning.learns("language"))
         if worst_is_text:
-            later += tokens * network.shape.language.vocab_size * e
+            later += labels * vocab * e
         copies = max(copies - later, min(copies, 2.0 * network.largest_block))
     return Memory(
         weights=round(weights),
@@ -228,7 +231,7 @@ def memory_of(
         gradients=round(gradients),
         optimizer=round(optimizer),
         activations=round(
-            tokens * kept.per_token + (tokens * kept.per_label if worst_is_text else pictures)
+            tokens * kept.per_token + (labels * kept.per_label if worst_is_text else pictures)
         ),
         logits=logits if worst_is_text else 0,
         gathered=round(gathered),

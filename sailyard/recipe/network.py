@@ -38,6 +38,10 @@ class VisionShape(Section):
     rms_norm_eps: float = Field(1e-5, gt=0, lt=1)
     """Epsilon of RMSNorm. Released config."""
 
+    rope_2d: bool = False
+    """Turn queries and keys by row and column besides the position table; a head's width must then
+    be a multiple of 4. Paper Figure 2 draws it, its text and the released tower have none."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.hidden_size % self.num_heads:
@@ -47,6 +51,11 @@ class VisionShape(Section):
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"patch_size {self.patch_size} does not divide image_size {self.image_size}"
+            )
+        if self.rope_2d and self.hidden_size // self.num_heads % 4:
+            raise ValueError(
+                f"rope_2d needs heads of a multiple of 4, hidden_size / num_heads is "
+                f"{self.hidden_size // self.num_heads}; choose another num_heads"
             )
         return self
 

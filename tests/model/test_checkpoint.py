@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoConfig, Qwen3ForCausalLM
 
 from model.checkpoint import (
-    CheckpointError,
     build_from_recipe,
     build_model,
     load_language,
@@ -23,6 +23,7 @@ from model.checkpoint import (
     save_vision,
 )
 from model.modeling import SailVLForConditionalGeneration, module_digest, part_digests
+from model.shards import CheckpointError
 from sailyard.recipe import ModelShape
 from tests.model.tiny import network, pack, processor, samples, tokenizer, vision_config
 
@@ -186,3 +187,43 @@ def test_wrong_directories_are_named(tmp_path):
     save_vision(tmp_path, network().vision_model)
     with pytest.raises(CheckpointError, match="'sailvit' model where sailvl is needed"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, at: t.pop(f"{at}layers.1.mlp.up_proj.weight"), r"up_proj\.weight is missing"),
+        (lambda t, at: t.update({f"{at}stray": torch.zeros(3)}), "stray has no place in this"),
+        (
+            lambda t, at: t.update({f"{at}norm.weight": torch.zeros(31)}),
+            r"norm\.weight: expected \[32\], found \[31\]",
+        ),
+    ],
+)
+def test_a_tensor_at_fault_is_named_and_never_drawn_at_random(tmp_path, change, message):
+    save_model(tmp_path / "whole", network(), processor())
+    save_language(tmp_path / "language", network().language_model, tokenizer())
+    for directory, prefix, load in (
+        (tmp_path / "whole", "language_model.model.", load_model),
+        (tmp_path / "language", "model.", load_language),
+    ):
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors, prefix)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            load(directory)
+
+
+def test_a_tower_and_a_file_cut_off_are_named(tmp_path):
+    save_vision(tmp_path, network().vision_model)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"is cut off inside \S+ \["):
+        load_vision(tmp_path)
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    tensors.pop("rms_norm.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"rms_norm\.weight is missing"):
+        load_vision(tmp_path)

@@ -153,6 +153,17 @@ def test_batches_of_unequal_length_generate_what_each_alone_does():
         assert uncached[alone["input_ids"].shape[1] :].tolist() == single.tolist()
 
 
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_static_cache_generates_what_a_growing_one_does(moe):
+    model, made = network(moe), processor()
+    prompts = [render(c, True, system_message="") for c in (CONVERSATIONS[0], [QUESTION])]
+    batch = made(text=prompts, images=[[], [image(1)]])
+    settings = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
+    growing = model.generate(**batch, **settings)
+    static = model.generate(**batch, **settings, cache_implementation="static")
+    assert static.tolist() == growing.tolist()
+
+
 def test_generate_streams():
     model, made = network(), processor()
     batch = made(text=render([QUESTION], True, system_message=""), images=image(1))

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from model.checkpoint import CheckpointError, load_model, save_model
+from model.checkpoint import load_model, save_model
+from model.shards import CheckpointError
 from sailyard.cli import commands
 from tests.model.tiny import network, processor
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoModelForCausalLM
 
-from model.modeling import language_forward
+from model.language import language_forward
 from tests.model.tiny import SIZE, network, vision_config
 
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import CheckpointError, load_model, save_model
+from model.checkpoint import load_model, save_model
 from model.counting import empty_model
 from model.inspection import inspect
 from model.layouts import released_views
 from model.modeling import SailVLForConditionalGeneration
 from model.release import check_native, convert, load_released, save_released
 from model.release_config import parse_config, released_body
-from model.shards import INDEX, SINGLE, read_headers
+from model.shards import INDEX, SINGLE, CheckpointError, read_headers
 from tests.model.tiny import image, network, pack, processor, samples
 
 QKV = "vision_model.trunk.blocks.1.attn.qkv.weight"
@@ -304,6 +304,14 @@ def test_tensors_of_two_types_are_refused(tmp_path):
     model = network()
     model.mlp1.to(torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"mlp1\.0\.weight is torch\.bfloat16"):
+        save_released(tmp_path / "new", model, processor())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tower_with_rope_keeps_the_native_layout(tmp_path):
+    model = network()
+    model.config.vision_config.rope_2d = True
+    with pytest.raises(CheckpointError, match=r"no word for vision_config\.rope_2d"):
         save_released(tmp_path / "new", model, processor())
     assert not (tmp_path / "new").exists()
 

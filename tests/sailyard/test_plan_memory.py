@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import output_layer
 from model.attention import BACKEND as SEGMENTS
 from model.checkpoint import build_model
 from model.config import language_config_of, vision_config_of
@@ -16,7 +17,14 @@ from model.counting import count_model, count_recipe
 from model.experts import BACKEND as FUSED
 from model.experts import OVERRIDE
 from model.modeling import SailVLForConditionalGeneration, freeze_except
-from sailyard.plan.memory import PARALLEL, Layout, activations, copied, memory_of
+from sailyard.plan.memory import (
+    LOGITS_AT_ONCE,
+    PARALLEL,
+    Layout,
+    activations,
+    copied,
+    memory_of,
+)
 from sailyard.plan.network import PARTS, Learning, Network
 from sailyard.plan.work import Assumptions, token_flops
 from sailyard.recipe import load_recipe
@@ -153,6 +161,10 @@ def test_flops_are_those_that_torch_counts(recipe, parts, monkeypatch):
     no_pairs = replace(flops, per_patch_pair=0.0, per_token_pair=0.0)
     products = token_flops(network, learning, no_pairs, 2 * TOKENS - 1, assumed)[0] * TOKENS
     assert counts["aten.bmm"] == pytest.approx(step - products, rel=0.03)
+
+
+def test_the_plan_knows_how_many_logits_exist_at_a_time():
+    assert LOGITS_AT_ONCE == output_layer.LOGITS_AT_ONCE
 
 
 def networks() -> dict[str, Network]:

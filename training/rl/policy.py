@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.processor import Encoded, SailVLProcessor
 from sailyard.recipe import RLRecipe
 from training.learner import Learner
-from training.packing import IGNORE_INDEX, collate_rows, pack_rows
+from training.packing import collate_rows, pack_rows
 from training.rl.losses import BatchSize, ClipRange, PolicyTokens, dapo_loss, gspo_loss
 from training.rl.rewards import Prompt
 from training.world import join_world
@@ -193,19 +192,19 @@ class Policy:
         encoded = [[response.encoded for response in row] for row in rows]
         length = max(sum(len(e.input_ids) for e in row) for row in encoded)
         batch = collate_rows(encoded, length)
-        labels = batch["labels"]
         output = self.learner.forward(
             last=True,
             input_ids=batch["input_ids"],
             **batch["images"],
             position_ids=batch["position_ids"],
             attention_mask=batch["segment_ids"],
-            labels=labels,
+            labels=batch["labels"],
+            temperature=self.recipe.temperature,
             output_router_logits=False,
         )
-        # The logits of labelled positions come in row-major order, which is that of the rows.
-        logits_NV = output.logits.float() / self.recipe.temperature
-        return -F.cross_entropy(logits_NV, labels[labels != IGNORE_INDEX], reduction="none")
+        # Labelled positions come in row-major order, which is that of the rows.
+        log_probs: Tensor = -output.loss_per_token
+        return log_probs
 
 
 def resolve_algorithm(
