@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from curation import caption2, rl_data, think_fusion
+from curation import caption2, rl_data
 from curation.spread import Batch, Batches, Input, NoRoom, WorkerLost, spread
 from sailyard.artifacts import ArtifactStore
 from sailyard.samples import SampleReader
 from sailyard.stage import StageContext, local_context
+from sailyard.stage.errors import EXIT_RESUME
 from sailyard.yard import Yard
+from tests.curation.spread_workers import Ids
 from tests.evaluation.tiny import captions, micro_recipe, pool, save_tiny, write
 from training import judges
 
@@ -35,7 +39,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "checkpoint": save_tiny(root / "checkpoint"),
         "captions": write(root / "captions", captions(70)),
         "rl_pool": write(root / "pool", pool(8, skills=("sum", "colour"))),
-        "instruction": write(root / "instruction", pool(20, seed=4, skills=("shape",))),
     }
 
 
@@ -53,23 +56,6 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def cluster(started: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAILYARD_RAY_ADDRESS", "auto")
     monkeypatch.setenv("SAILYARD_RAY_WORKERS", "2")
-
-
-class Ids:
-    """Works on batches of samples, says where, and meets with accidents when told to."""
-
-    def __init__(self, die_at: int = -1, refuse_at: int = -1, notes: Path | None = None) -> None:
-        self.die_at, self.refuse_at, self.notes = die_at, refuse_at, notes
-
-    def __call__(self, batch: Batch) -> tuple[int, list[str]]:
-        if batch.start == self.refuse_at:
-            raise ValueError(f"sample {batch.samples[0].id} is beyond me")
-        if batch.start == self.die_at and not (self.notes and self.notes.exists()):
-            if self.notes:
-                self.notes.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.05)
-        return os.getpid(), [sample.id for sample in batch.samples]
 
 
 def batches(inputs: dict[str, Path], size: int = 3) -> Batches:
@@ -144,18 +130,14 @@ def test_whoever_has_enough_ends_all_work(inputs: dict[str, Path], cluster: None
     results = spread(batches(inputs), Ids)
     first = next(results)
     results.close()
+    _wait_for_the_end(first[0])
+
+
+def _wait_for_the_end(worker: int) -> None:
     deadline = time.monotonic() + 30
-    while _alive(first[0]):
+    while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline, "the worker lives on"
         time.sleep(0.1)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.mark.slow
@@ -168,7 +150,27 @@ def test_a_cluster_that_is_too_small_is_told(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["curation.caption2", "curation.rl_data", "curation.think_fusion"])
+def test_a_stop_ends_the_stage_and_the_cluster_that_it_started(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Ray takes SIGTERM for itself when it starts: the stage must have it back."""
+    command = [sys.executable, "-m", "tests.curation.spread_workers", str(inputs["captions"])]
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "SAILYARD_RAY_ADDRESS": "local",
+        "SAILYARD_RAY_WORKERS": "1",
+    }
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as stage:
+        assert stage.stdout is not None
+        worker = int(next(line for line in stage.stdout if line.strip().isdigit()))
+        stage.send_signal(signal.SIGTERM)
+        assert stage.wait(60) == EXIT_RESUME
+    _wait_for_the_end(worker)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["curation.caption2", "curation.rl_data"])
 def test_stages_write_the_same_bytes(
     stage: str,
     inputs: dict[str, Path],
@@ -188,18 +190,13 @@ def _run(stage: str, inputs: dict[str, Path], folder: Path) -> StageContext:
         "curation.caption2.batch_size=16",
         "curation.caption2.min_score=2",
         "curation.rl_data.num_prompts=5",
-        "curation.think_fusion.num_samples=12",
     )
     if stage == "curation.caption2":
         given = {"captions": inputs["captions"], "judges": _judges(inputs)}
         entry = caption2.run
-    elif stage == "curation.rl_data":
+    else:
         given = {name: inputs[name] for name in ("checkpoint", "rl_pool")}
         entry = rl_data.run
-    else:
-        given = {name: inputs[name] for name in ("checkpoint", "instruction")}
-        given["prompts"] = inputs["rl_pool"]
-        entry = think_fusion.run
     ctx = local_context(folder, recipe, stage, given)
     entry(ctx)
     return ctx
