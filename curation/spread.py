@@ -8,11 +8,13 @@ cluster. What workers load they find by its path, or fetch from the artifact sto
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -123,7 +125,12 @@ class _Worker:
     """What an actor is made of."""
 
     def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
-        self._work = make_worker()
+        self._make_worker = make_worker
+
+    @cached_property
+    def _work(self) -> Callable[[Any], Any]:
+        # Not before the first item: then an error in it is an error of that item, as any other.
+        return self._make_worker()
 
     def work(self, item: Any) -> Any:
         return self._work(item)
@@ -138,7 +145,8 @@ def _over_ray(
     from ray.exceptions import RayActorError, RayTaskError
 
     with _cluster(settings) as device:
-        actor = ray.remote(_Worker).options(
+        remote: Any = ray.remote(_Worker)
+        actor = remote.options(
             num_cpus=int(device == "CPU"),
             num_gpus=int(device == "GPU"),
             max_restarts=-1,
@@ -157,7 +165,7 @@ def _over_ray(
                 yield ray.get(waiting.popleft())
                 done += 1
         except RayTaskError as error:
-            raise error.cause from error
+            raise (error.cause or error) from error
         except RayActorError as error:
             raise WorkerLost(
                 f"item {done} of {len(items)} was tried {RETRIES + 1} times, and each time its "
@@ -181,7 +189,7 @@ def _cluster(settings: Settings) -> Iterator[str]:
                 address=settings.ray_address,
                 num_cpus=settings.ray_workers if local else None,
                 include_dashboard=False if local else None,
-                logging_level="WARNING",
+                logging_level=logging.WARNING,
             )
     try:
         there = ray.cluster_resources()

@@ -54,7 +54,7 @@ class Settings(BaseSettings):
 
     ray_address: str = Field("", pattern=r"^$|^local$|^auto$|^[A-Za-z0-9.-]+:[0-9]+$")
     """Ray cluster over which curation spreads its networks: ``local`` starts one here, ``auto`` is
-    the one that this machine is part of, ``host:port`` names its head; empty: this process alone."""
+    the one that this machine is part of, ``host:port`` names its head; empty: this process."""
 
     ray_workers: int = Field(1, ge=1, le=4096)
     """Actors on that cluster, each with a network of its own on one GPU, or on one CPU where

@@ -1,7 +1,7 @@
-"""What the API's objects say about a stage, its pods and their logs. Nothing here talks to a cluster.
+"""What the API says about a stage, its pods and their logs. Nothing here talks to a cluster.
 
-The object's own status says how a stage is doing, never its pods: pods vanish with their nodes, come
-twice, or are not there yet. Pods say only what is waited for, and why one of them ended.
+The object's own status says how a stage is doing, never its pods: pods vanish with their nodes,
+come twice, or are not there yet. Pods say only what is waited for, and why one of them ended.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A stage on several nodes as a JobSet (jobset.x-k8s.io/v1alpha2): its pods start anew together.
 
-Of an Indexed Job the pod that failed is replaced alone, and those that still wait for it fail one by
-one. A JobSet deletes them all at the first failure, so they meet again at once, and only one failure
-is counted. Its controller makes the headless Service, too.
+Of an Indexed Job the pod that failed is replaced alone, and those that still wait for it fail one
+by one. A JobSet deletes them all at the first failure, so they meet again at once, and only one
+failure is counted. Its controller makes the headless Service, too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Stages as Indexed Jobs on a Kubernetes cluster, or as JobSets and RayJobs where it has them.
 
-Names are a function of run and stage, so a launcher that starts afresh finds the object that another
-one made. A handle holds the uid, too: an object of the same name that was made later is another one.
+Names are a function of run and stage, so a launcher that starts afresh finds the object that
+another one made. A handle holds the uid, too: an object of the same name that was made later is
+another one.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from operators.launchers.kubernetes_follow import JobFollower, connect_async
 from operators.launchers.manifests import (
     RUN_ANNOTATION,
     STAGE_ANNOTATION,
-    check_reachable,
     Size,
+    check_reachable,
     job_manifest,
     service_manifest,
     stage_size,

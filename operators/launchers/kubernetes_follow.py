@@ -134,9 +134,7 @@ class JobFollower:
             raise group.exceptions[0] from None
         if self.state is not JobState.SUCCEEDED:
             pods = [] if self._found is None else await self._pods()
-            self.reason = explain(
-                self._kind, self.state, self._found, pods, self._cluster.queue
-            )
+            self.reason = explain(self._kind, self.state, self._found, pods, self._cluster.queue)
 
     async def _watch_job(self) -> None:
         """Until the Job has ended. A stream that ends, breaks or is too old (410) starts again."""
@@ -199,9 +197,7 @@ class JobFollower:
             reason = ""
             if self.state is JobState.WAITING:
                 pods = [] if self._suspended else await self._pods()
-                reason = explain(
-                    self._kind, self.state, self._found, pods, self._cluster.queue
-                )
+                reason = explain(self._kind, self.state, self._found, pods, self._cluster.queue)
             if reason and reason != told:
                 self._lines.put_nowait(f"waiting: {reason}")
             told = reason

@@ -103,7 +103,7 @@ def _submitter(cluster: ClusterSettings) -> Manifest:
         "name": SUBMITTER,
         "image": cluster.image,
         "imagePullPolicy": cluster.pull_policy,
-        "env": [{"name": "HOME", "value": HOME}, {"name": "PYTHONUNBUFFERED", "value": "1"}],
+        "env": [{"name": "HOME", "value": HOME}],
         "resources": {
             "requests": {"cpu": "100m", "memory": "256Mi"},
             "limits": {"memory": "1Gi"},

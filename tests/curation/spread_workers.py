@@ -31,6 +31,11 @@ class Ids:
         return os.getpid(), [sample.id for sample in batch.samples]
 
 
+def broken() -> Ids:
+    """A worker whose files are not what they should be."""
+    raise ValueError("no judges here")
+
+
 class Context:
     """What a stop is told to, of a stage that keeps no checkpoints."""
 

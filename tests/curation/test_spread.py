@@ -23,7 +23,7 @@ from sailyard.samples import SampleReader
 from sailyard.stage import StageContext, local_context
 from sailyard.stage.errors import EXIT_RESUME
 from sailyard.yard import Yard
-from tests.curation.spread_workers import Ids
+from tests.curation.spread_workers import Ids, broken
 from tests.evaluation.tiny import captions, micro_recipe, pool, save_tiny, write
 from training import judges
 
@@ -122,8 +122,10 @@ def test_what_ends_every_worker_is_an_error_in_the_end(
 
 @pytest.mark.slow
 def test_an_error_of_a_worker_is_told_as_here(inputs: dict[str, Path], cluster: None) -> None:
-    with pytest.raises(ValueError, match="sample cap-00039 is beyond me"):
+    with pytest.raises(ValueError, match=r"^sample cap-00039 is beyond me$"):
         list(spread(batches(inputs), partial(Ids, refuse_at=30)))
+    with pytest.raises(ValueError, match=r"^no judges here$"):
+        list(spread(batches(inputs), broken))
 
 
 @pytest.mark.slow

@@ -1,11 +1,10 @@
-"""Stages as JobSets and RayJobs: chosen by the settings, followed by what their controllers write."""
+"""Stages as JobSets and RayJobs: chosen by settings, followed by what their controllers write."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from kubernetes.client.exceptions import ApiException
 
 from operators.launchers import JobState, StageJob
 from operators.launchers.kubernetes import KubernetesLauncher, MissingApi
@@ -22,7 +21,7 @@ from sailyard.cluster import (
 from sailyard.cluster_api import connect, split_handle, stage_jobs
 from sailyard.runs import create_run
 from tests.operators.fake_cluster import BUILT_IN, FakeCluster
-from tests.operators.test_kubernetes_launcher import Follower, cluster, doctor, wait_until
+from tests.operators.test_kubernetes_launcher import Follower, cluster, doctor
 
 __all__ = ["cluster"]
 
@@ -73,7 +72,9 @@ def test_what_is_not_installed_is_named(
     asked: FakeCluster, run_id: str, stage: str, variable: str
 ) -> None:
     asked.apis = BUILT_IN
-    with pytest.raises(MissingApi, match=f"SAILYARD_CLUSTER_{variable} asks for a .* no .* version"):
+    with pytest.raises(
+        MissingApi, match=f"SAILYARD_CLUSTER_{variable} asks for a .* no .* version"
+    ):
         KubernetesLauncher().submit(StageJob(stage, run_id))
     assert "all that launching takes" in doctor()
 
@@ -196,7 +197,9 @@ def test_only_a_stages_own_error_and_the_deadline_are_final(
 def test_the_next_try_of_a_rayjob_makes_room_for_itself(asked: FakeCluster, run_id: str) -> None:
     launcher = KubernetesLauncher()
     first = launcher.submit(StageJob(SPREADS, run_id))
-    asked.set_status(handle := first, jobDeploymentStatus="Failed", message="Ray head pod not found.")
+    asked.set_status(
+        handle := first, jobDeploymentStatus="Failed", message="Ray head pod not found."
+    )
     second = launcher.submit(StageJob(SPREADS, run_id))
     assert second != handle
     assert launcher.status(second) is JobState.WAITING
@@ -206,7 +209,7 @@ def test_the_next_try_of_a_rayjob_makes_room_for_itself(asked: FakeCluster, run_
 
 
 @pytest.mark.parametrize(
-    "right", (*JOBSET_RIGHTS, *RAYJOB_RIGHTS), ids=lambda right: f"{right.verb} {right.resource}"
+    "right", [*JOBSET_RIGHTS, *RAYJOB_RIGHTS], ids=lambda right: f"{right.verb} {right.resource}"
 )
 def test_without_the_right_its_code_fails(asked: FakeCluster, run_id: str, right: Right) -> None:
     asked.denied = {right[:3]}

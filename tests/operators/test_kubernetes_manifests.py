@@ -205,9 +205,7 @@ def test_a_jobset_starts_anew_as_a_whole_and_disruptions_are_free() -> None:
 
 def test_a_rayjob_works_on_its_workers_and_keeps_keys_from_the_pod_that_submits() -> None:
     manifest = objects("rayjob")[0]
-    submitter, head, worker = (
-        pod["spec"]["containers"][0] for pod in ray_pods(manifest)
-    )
+    submitter, head, worker = (pod["spec"]["containers"][0] for pod in ray_pods(manifest))
     assert "envFrom" not in submitter
     assert manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
