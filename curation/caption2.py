@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from curation.judging import Judges, Verdict
 from curation.scores import caption_of
+from curation.spread import Batch, Batches, Input, spread
 from sailyard.media import decode_image
 from sailyard.samples import Sample, SampleReader, write_samples
 
@@ -72,24 +74,33 @@ def annotate(sample: Sample, verdict: Verdict, reasons: list[str]) -> Sample:
     return sample
 
 
+class Judging:
+    """Reads batches of captions with one copy of the judges."""
+
+    def __init__(self, judges: Input) -> None:
+        self.judges = Judges.load(judges.folder())
+
+    def __call__(self, batch: Batch) -> tuple[Batch, list[Verdict]]:
+        """A verdict for each sample of the batch."""
+        images = [[decode_image(data) for data in sample.images] for sample in batch.samples]
+        captions = [caption_of(sample) for sample in batch.samples]
+        return batch, self.judges.verdicts(images, captions, batch_size=len(captions))
+
+
 def run(ctx: StageContext) -> None:
     """The stage: raw captions and judges in; kept and dropped captions out."""
     recipe = ctx.section("curation.caption2")
-    judges = Judges.load(ctx.input("judges"))
     reader = SampleReader(ctx.input("captions"))
+    batches = Batches(reader, range(len(reader)), recipe.batch_size)
     funnel = Funnel()
     dropped: list[int] = []
     verdicts: dict[int, Verdict] = {}
 
     def kept() -> Iterator[Sample]:
-        for start in range(0, len(reader), recipe.batch_size):
-            positions = range(start, min(start + recipe.batch_size, len(reader)))
-            samples = [reader[position] for position in positions]
-            images = [[decode_image(data) for data in sample.images] for sample in samples]
-            found = judges.verdicts(
-                images, [caption_of(s) for s in samples], batch_size=recipe.batch_size
-            )
-            for position, sample, verdict in zip(positions, samples, found, strict=True):
+        for batch, found in spread(batches, partial(Judging, Input.of(ctx, "judges"))):
+            for position, sample, verdict in zip(
+                batch.positions, batch.samples, found, strict=True
+            ):
                 reasons = verdict.reasons(recipe.min_score, recipe.drop_on_no)
                 funnel.add(sample, reasons)
                 if reasons:
@@ -97,7 +108,7 @@ def run(ctx: StageContext) -> None:
                     verdicts[position] = verdict
                 else:
                     yield annotate(sample, verdict, [])
-            ctx.progress(positions[-1] + 1, len(reader), f"{funnel.dropped} dropped")
+            ctx.progress(batch.positions[-1] + 1, len(reader), f"{funnel.dropped} dropped")
 
     write_samples(ctx.output("captions"), kept())
     # The dropped ones are read again: their positions fit in memory, their images need not.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from evaluation.choices import Question, choice_probabilities
@@ -82,6 +83,7 @@ class Judges:
         if missing:
             raise JudgesError(f"{path} lacks the judge {missing[0]!r}")
         model, processor = load_model(directory)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model, processor, prompts)
 
     def verdicts(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from curation.policy import Asked, as_prompt, ask_pool, is_reasoning, rate_histogram, shuffled
 from curation.rl_data import NoPrompts, kept_prompt
-from model.checkpoint import load_model
+from curation.spread import Input
 from sailyard.samples import Sample, SampleReader, write_samples
 
 if TYPE_CHECKING:
@@ -35,13 +35,12 @@ def run(ctx: StageContext) -> None:
     """The stage: the policy and the pool in, prompts of mixed RL out."""
     recipe = ctx.section("curation.mixed_rl_data")
     pool = SampleReader(ctx.input("rl_pool"))
-    model, processor = load_model(ctx.input("checkpoint"))
     reasoning, perception = _split(pool, ctx.seed)
     wanted_hard = round(recipe.num_prompts * recipe.hard_fraction)
     candidates: list[Asked] = []
     rates: list[float] = []
     poor = 0
-    for asked in ask_pool(model, processor, pool, reasoning, recipe, ctx.seed):
+    for asked in ask_pool(Input.of(ctx, "checkpoint"), pool, reasoning, recipe, ctx.seed):
         rates.append(asked.pass_rate)
         if asked.pass_rate < 1.0:
             candidates.append(asked)

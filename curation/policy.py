@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from curation.spread import Batch, Batches, Input, spread
 from evaluation.answers import REASONING_SKILLS, boxed_contents, is_correct, parse_number
 from model.chat import THINKING_SUFFIX, with_thinking
+from model.checkpoint import load_model
 from model.generation import Completion, Prompt, generate
 from sailyard.media import decode_image
 from sailyard.samples import Sample, SampleReader
@@ -134,31 +138,44 @@ def ask(
     ]
 
 
-def ask_pool(
-    model: SailVLForConditionalGeneration,
-    processor: SailVLProcessor,
-    pool: SampleReader,
-    positions: Sequence[int],
-    sampling: Sampling,
-    seed: int,
-) -> Iterator[Asked]:
-    """Ask the pool's items in the given order, a batch at a time, so a caller can stop early.
+class Asking:
+    """Asks batches of the pool's items with one copy of the policy.
 
     Reasoning items are asked to think, perception items to answer at once; multiple-choice items
     are rewritten first where that is possible.
     """
-    # A batch of the generator holds prompts times samples; asking one batch at a time means
-    # that stopping early wastes at most that much.
-    step = max(sampling.batch_size // sampling.samples_per_prompt, 1)
-    for start in range(0, len(positions), step):
-        chosen = positions[start : start + step]
-        items = [pool[position] for position in chosen]
+
+    def __init__(self, policy: Input, sampling: Sampling, seed: int) -> None:
+        self.model, self.processor = load_model(policy.folder())
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.sampling, self.seed = sampling, seed
+
+    def __call__(self, batch: Batch) -> list[Asked]:
+        """Each item of the batch as it was asked, with its replies."""
         prompts = [
-            as_prompt(rewrite_options(item) or item, think=is_reasoning(item)) for item in items
+            as_prompt(rewrite_options(item) or item, think=is_reasoning(item))
+            for item in batch.samples
         ]
-        asked = ask(model, processor, prompts, sampling, seed + start)
-        for position, prompt, (replies, right) in zip(chosen, prompts, asked, strict=True):
-            yield Asked(position, prompt, replies, right)
+        seed = self.seed + batch.start
+        asked = ask(self.model, self.processor, prompts, self.sampling, seed)
+        return [
+            Asked(position, prompt, replies, right)
+            for position, prompt, (replies, right) in zip(
+                batch.positions, prompts, asked, strict=True
+            )
+        ]
+
+
+def ask_pool(
+    policy: Input, pool: SampleReader, positions: Sequence[int], sampling: Sampling, seed: int
+) -> Iterator[Asked]:
+    """Ask the pool's items in the given order, a batch at a time, so a caller can stop early."""
+    # A batch of the generator holds prompts times samples; asking one batch at a time means
+    # that stopping early wastes at most that much, on each worker.
+    step = max(sampling.batch_size // sampling.samples_per_prompt, 1)
+    batches = Batches(pool, positions, step)
+    for asked in spread(batches, partial(Asking, policy, sampling, seed)):
+        yield from asked
 
 
 def shuffled(length: int, seed: int, *salt: int) -> list[int]:

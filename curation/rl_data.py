@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from curation.policy import Asked, ask_pool, is_reasoning, rate_histogram, shuffled
-from model.checkpoint import load_model
+from curation.spread import Input
 from sailyard.samples import Sample, SampleReader, write_samples
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def kept_prompt(asked: Asked) -> Sample:
 def run(ctx: StageContext) -> None:
     """The stage: a checkpoint and the pool in, RL prompts out."""
     recipe = ctx.section("curation.rl_data")
-    model, processor = load_model(ctx.input("checkpoint"))
     pool = SampleReader(ctx.input("rl_pool"))
     fates: dict[str, Counter[str]] = defaultdict(Counter)
     rates: dict[str, list[float]] = {"perception": [], "reasoning": []}
     chosen: list[Sample] = []
     order = shuffled(len(pool), ctx.seed)
-    for number, asked in enumerate(ask_pool(model, processor, pool, order, recipe, ctx.seed)):
+    policy = Input.of(ctx, "checkpoint")
+    for number, asked in enumerate(ask_pool(policy, pool, order, recipe, ctx.seed)):
         outcome = fate(asked)
         fates[asked.sample.meta.get("skill", asked.sample.task)][outcome] += 1
         rates["reasoning" if is_reasoning(asked.sample) else "perception"].append(asked.pass_rate)

@@ -15,9 +15,9 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from curation.policy import Asked, ask_pool, is_reasoning, shuffled
+from curation.spread import Input
 from evaluation.answers import format_reward
 from evaluation.soundness import check_chain
-from model.checkpoint import load_model
 from model.generation import Completion
 from sailyard.samples import Sample, SampleReader, write_samples
 
@@ -78,9 +78,9 @@ def run(ctx: StageContext) -> None:
     tally: Counter[str] = Counter()
     examined = 0
     if wanted:
-        model, processor = load_model(ctx.input("checkpoint"))
         order = [p for p in shuffled(len(pool), ctx.seed) if is_reasoning(pool[p])]
-        for asked in ask_pool(model, processor, pool, order, recipe, ctx.seed):
+        policy = Input.of(ctx, "checkpoint")
+        for asked in ask_pool(policy, pool, order, recipe, ctx.seed):
             examined += 1
             thought = best_thought(asked, tally)
             if thought is not None:

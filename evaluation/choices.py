@@ -88,7 +88,7 @@ def grow(encoded: Sequence[Encoded]) -> Tree:
 def tree_mask(branch_BT: torch.Tensor) -> torch.Tensor:
     """[B, 1, T, T] bool: causal, a branch sees itself and the trunk. -1 is padding."""
     length = branch_BT.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal = torch.ones(length, length, dtype=torch.bool, device=branch_BT.device).tril()
     same = branch_BT[:, :, None] == branch_BT[:, None, :]
     trunk = (branch_BT == 0)[:, None, :]
     # Padding sees itself: a query without any key would be NaN.
@@ -146,17 +146,17 @@ def _end_logits(
         table = np.full((len(rows), length), value, dtype=np.int64)
         for row, values in enumerate(rows):
             table[row, : len(values)] = values
-        return torch.from_numpy(table)
+        return torch.from_numpy(table).to(model.device)
 
     ids = padded([tree.input_ids for tree in trees], pad_token_id)
     branch = padded([tree.branch for tree in trees], -1)
     hidden_BTD = model.language_model.model(
-        inputs_embeds=model.embed(ids, **image_inputs(tree.first for tree in trees)),
+        inputs_embeds=model.embed(ids, **image_inputs((t.first for t in trees), model.device)),
         attention_mask=tree_mask(branch),
         position_ids=padded([tree.position_ids for tree in trees], 0),
         use_cache=False,
     ).last_hidden_state
-    ends = torch.tensor([tree.ends for tree in trees])
-    rows = torch.arange(len(trees))[:, None].expand_as(ends)
+    ends = torch.tensor([tree.ends for tree in trees], device=model.device)
+    rows = torch.arange(len(trees), device=model.device)[:, None].expand_as(ends)
     logits: torch.Tensor = model.language_model.lm_head(hidden_BTD[rows, ends])
-    return logits.double()
+    return logits.double().cpu()

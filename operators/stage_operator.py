@@ -149,7 +149,7 @@ class StageOperator(BaseOperator):
         """Submit the job, or find it; wait for it elsewhere unless it has ended meanwhile."""
         handle = launcher.submit(StageJob(self.stage, self.run))
         self._running = (launcher, handle)
-        self.log.info("%s: Job %s", self.stage, handle)
+        self.log.info("%s: %s", self.stage, handle)
         state = launcher.status(handle)
         if state in (JobState.WAITING, JobState.RUNNING):
             self.defer(trigger=StageTrigger(handle), method_name="resume")

@@ -36,6 +36,32 @@ class Right(NamedTuple):
     why: str
 
 
+class Kind(NamedTuple):
+    """A kind of object that a stage may be.
+
+    Attributes:
+        group, version: Of its API.
+        plural: As the API's addresses have it.
+        name: As manifests have it.
+        variable: The setting that asks for it; "" for what every cluster has.
+    """
+
+    group: str
+    version: str
+    plural: str
+    name: str
+    variable: str = ""
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/{self.version}"
+
+
+JOB = Kind("batch", "v1", "jobs", "Job")
+JOBSET = Kind("jobset.x-k8s.io", "v1alpha2", "jobsets", "JobSet", "SAILYARD_CLUSTER_JOBSET")
+RAYJOB = Kind("ray.io", "v1", "rayjobs", "RayJob", "SAILYARD_CLUSTER_RAY_WORKERS")
+KINDS = {kind.plural: kind for kind in (JOB, JOBSET, RAYJOB)}
+
 RIGHTS = (
     Right("batch", "jobs", "create", "a stage is a Job"),
     Right("batch", "jobs", "get", "its conditions say how it is doing; finding it again"),
@@ -49,6 +75,12 @@ RIGHTS = (
     Right("", "pods/log", "get", "following rank 0"),
 )
 """All the rights that launcher and trigger use, and ``sailyard doctor --cluster``."""
+
+# As those of Jobs, and as little: where the settings ask for such objects.
+JOBSET_RIGHTS, RAYJOB_RIGHTS = (
+    tuple(Right(kind.group, kind.plural, r.verb, r.why) for r in RIGHTS if r.resource == "jobs")
+    for kind in (JOBSET, RAYJOB)
+)
 
 
 class ClusterSettings(BaseSettings):
@@ -113,6 +145,14 @@ class ClusterSettings(BaseSettings):
     priority_class: str = ""
     """PriorityClass of the pods."""
 
+    jobset: bool = False
+    """A stage on several nodes is a JobSet, whose pods all start anew when one of them fails. Needs
+    the JobSet controller in the cluster."""
+
+    ray_workers: int = Field(0, ge=0, le=4096)
+    """Pods beside the stage's own over which a stage that spreads is spread, as a RayJob; 0: none,
+    it is a Job. Needs the KubeRay operator in the cluster."""
+
     queue: str = ""
     """Kueue LocalQueue; Jobs then begin suspended and Kueue admits them as a whole."""
 
@@ -129,3 +169,15 @@ class ClusterSettings(BaseSettings):
 
     grace_seconds: int = Field(120, ge=1)
     """Time that a stage has to save a checkpoint when its pod must go."""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What stages may be under these settings."""
+        asked = {JOBSET: self.jobset, RAYJOB: self.ray_workers > 0}
+        return (JOB, *(kind for kind in asked if asked[kind]))
+
+    @property
+    def rights(self) -> tuple[Right, ...]:
+        """What must be allowed under these settings."""
+        more = {JOBSET: JOBSET_RIGHTS, RAYJOB: RAYJOB_RIGHTS}
+        return (*RIGHTS, *(right for kind in self.kinds for right in more.get(kind, ())))

@@ -13,7 +13,16 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from urllib3.exceptions import HTTPError
 
-from sailyard.cluster import MANAGED_BY, RIGHTS, RUN_LABEL, STAGE_LABEL, ClusterSettings, Right
+from sailyard.cluster import (
+    JOB,
+    KINDS,
+    MANAGED_BY,
+    RUN_LABEL,
+    STAGE_LABEL,
+    ClusterSettings,
+    Kind,
+    Right,
+)
 
 T = TypeVar("T")
 
@@ -92,10 +101,11 @@ def retry_after(problem: Exception) -> float:
 
 
 class StageJobInfo(NamedTuple):
-    """A Job that a launcher made.
+    """An object that a launcher made of a stage.
 
     Attributes:
-        name: Of the Job.
+        kind: Of the object.
+        name: Of the object.
         uid: Its identity; the name may come again.
         run: Id of the pipeline run.
         stage: Of that run.
@@ -103,6 +113,7 @@ class StageJobInfo(NamedTuple):
         age_s: By the API server's clock of its creation and ours.
     """
 
+    kind: Kind
     name: str
     uid: str
     run: str
@@ -117,34 +128,65 @@ class StageJobInfo(NamedTuple):
 
 
 def stage_jobs(api: client.ApiClient, cluster: ClusterSettings) -> list[StageJobInfo]:
-    """All Jobs of the namespace that a launcher made, the oldest first."""
+    """All objects of the namespace that a launcher made of stages, the oldest first."""
     selector = ",".join(f"{key}={value}" for key, value in MANAGED_BY.items()) + f",{STAGE_LABEL}"
-    batch = client.BatchV1Api(api)
-    listed = patiently(
-        lambda: batch.list_namespaced_job(
-            cluster.namespace, label_selector=selector, _request_timeout=REQUEST_SECONDS
-        ),
-        patience_s=10.0,
-    )
-    return sorted((_info(job) for job in listed.items), key=lambda job: -job.age_s)
+    objects = client.CustomObjectsApi(api)
+
+    def of(kind: Kind) -> list[Any]:
+        try:
+            return patiently(
+                lambda: objects.list_namespaced_custom_object(
+                    *address(kind, cluster.namespace),
+                    label_selector=selector,
+                    _request_timeout=REQUEST_SECONDS,
+                )["items"],
+                patience_s=10.0,
+            )
+        except ApiException as error:
+            if error.status == 404 and kind != JOB:
+                return []  # asked for, and not installed: launching says so
+            raise
+
+    found = [_info(kind, item) for kind in cluster.kinds for item in of(kind)]
+    return sorted(found, key=lambda job: -job.age_s)
 
 
-def delete_job(batch: client.BatchV1Api, namespace: str, name: str, uid: str) -> None:
-    """Delete that very Job with its pods, never a newer one of its name; gone is no error."""
+def address(kind: Kind, namespace: str) -> tuple[str, str, str, str]:
+    """Where the API has objects of that kind. Jobs are had the same way as what was added later."""
+    return kind.group, kind.version, namespace, kind.plural
+
+
+def join_handle(kind: Kind, name: str, uid: str) -> str:
+    """A launcher's name for an object: "name/uid", and the kind behind it unless it is a Job."""
+    return f"{name}/{uid}" if kind == JOB else f"{name}/{uid}/{kind.plural}"
+
+
+def split_handle(handle: str) -> tuple[Kind, str, str]:
+    """Kind, name and uid of the object."""
+    name, uid, *plural = handle.split("/")
+    return KINDS[plural[0]] if plural else JOB, name, uid
+
+
+def delete_object(
+    objects: client.CustomObjectsApi, namespace: str, kind: Kind, name: str, uid: str
+) -> None:
+    """Delete that very object with its pods, never a newer one of its name; gone is no error."""
     options = client.V1DeleteOptions(
         propagation_policy="Foreground", preconditions=client.V1Preconditions(uid=uid)
     )
     try:
-        batch.delete_namespaced_job(name, namespace, body=options, _request_timeout=REQUEST_SECONDS)
+        objects.delete_namespaced_custom_object(
+            *address(kind, namespace), name, body=options, _request_timeout=REQUEST_SECONDS
+        )
     except ApiException as error:
         if error.status not in (404, 409):
             raise
 
 
 def missing_rights(api: client.ApiClient, cluster: ClusterSettings) -> Iterator[Right]:
-    """Those of ``RIGHTS`` that the client lacks. Anybody may ask this about himself."""
+    """What the settings take and the client lacks. Anybody may ask this about himself."""
     reviews = client.AuthorizationV1Api(api)
-    for right in RIGHTS:
+    for right in cluster.rights:
         resource, _, part = right.resource.partition("/")
         attributes = {
             "namespace": cluster.namespace,
@@ -164,15 +206,20 @@ def missing_rights(api: client.ApiClient, cluster: ClusterSettings) -> Iterator[
             yield right
 
 
-def _info(job: Any) -> StageJobInfo:
-    meta = job.metadata
-    notes = meta.annotations or {}
-    ended = {c.type.lower() for c in job.status.conditions or [] if c.status == "True"}
-    state = "suspended" if job.spec.suspend else "running"
-    for name in ("complete", "failed"):
-        state = name if name in ended else state
-    if meta.deletion_timestamp is not None:
+def _info(kind: Kind, found: dict[str, Any]) -> StageJobInfo:
+    meta, status = found["metadata"], found.get("status", {})
+    notes = meta.get("annotations", {})
+    ended = {c["type"].lower() for c in status.get("conditions", []) if c["status"] == "True"}
+    # What a Job calls complete, a JobSet calls completed; a RayJob has a word instead.
+    ended |= {status.get("jobDeploymentStatus", "").lower()}
+    state = "suspended" if found["spec"].get("suspend") else "running"
+    if ended & {"complete", "completed"}:
+        state = "complete"
+    if ended & {"failed", "validationfailed"}:
+        state = "failed"
+    if "deletionTimestamp" in meta:
         state = "going"
-    age = (datetime.now(UTC) - meta.creation_timestamp).total_seconds()
+    made = datetime.fromisoformat(meta["creationTimestamp"])
+    age = (datetime.now(UTC) - made).total_seconds()
     run, stage = notes.get(RUN_LABEL, "?"), notes.get(STAGE_LABEL, "?")
-    return StageJobInfo(meta.name, meta.uid, run, stage, state, max(0.0, age))
+    return StageJobInfo(kind, meta["name"], meta["uid"], run, stage, state, max(0.0, age))

@@ -52,6 +52,14 @@ class Settings(BaseSettings):
     ranks: int = Field(1, ge=1, le=64)
     """Processes on this machine that share a training stage: as many as it has GPUs."""
 
+    ray_address: str = Field("", pattern=r"^$|^local$|^auto$|^[A-Za-z0-9.-]+:[0-9]+$")
+    """Ray cluster over which curation spreads its networks: ``local`` starts one here, ``auto`` is
+    the one that this machine is part of, ``host:port`` names its head; empty: this process."""
+
+    ray_workers: int = Field(1, ge=1, le=4096)
+    """Actors on that cluster, each with a network of its own on one GPU, or on one CPU where
+    there is no GPU."""
+
     @field_validator("home")
     @classmethod
     def _absolute(cls, home: Path) -> Path:
@@ -96,6 +104,8 @@ class Settings(BaseSettings):
             "SAILYARD_S3_REGION": self.s3_region,
             "SAILYARD_DATABASE_URL": self.database_url,
             "SAILYARD_RANKS": str(self.ranks),
+            "SAILYARD_RAY_ADDRESS": self.ray_address,
+            "SAILYARD_RAY_WORKERS": str(self.ray_workers),
             **(
                 {}
                 if self.metrics_port is None

@@ -1,36 +1,84 @@
-"""What the API's objects say about a Job, its pods and their logs. Nothing here talks to a cluster.
+"""What the API says about a stage, its pods and their logs. Nothing here talks to a cluster.
 
-The Job's conditions say how a stage is doing, never its pods: pods vanish with their nodes, come
-twice, or are not there yet. Pods say only what is waited for, and why one of them ended.
+The object's own status says how a stage is doing, never its pods: pods vanish with their nodes,
+come twice, or are not there yet. Pods say only what is waited for, and why one of them ended.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from operators.launchers.base import JobState
-from operators.launchers.manifests import INDEX
+from operators.launchers.jobset_manifest import JOBSET_NAME
+from operators.launchers.manifests import INDEX, JOB_NAME
+from operators.launchers.rayjob_manifest import COMPONENT, OBJECT, SUBMITTER
+from sailyard.cluster import JOB, JOBSET, RAYJOB, Kind
+from sailyard.stage.errors import EXIT_FAILED
 
-GONE = "the Job is gone: deleted by hand, or by its time to live"
+GONE = "the {} is gone: deleted by hand, or by its time to live"
+
+PODS_OF = {JOB: JOB_NAME, JOBSET: JOBSET_NAME, RAYJOB: OBJECT}
+"""Kind -> label of its pods with its name."""
+
+# Ray's own words about a driver that ended with an error, in a RayJob's message.
+_EXIT_CODE = re.compile(r"Job entrypoint command failed with exit code (-?\d+)")
 
 
-def job_state(found: Any, uid: str) -> JobState:
-    """The state of the Job of that uid. Args: found: As the API has it now; None: not there."""
-    if found is None or found.metadata.uid != uid:
+def job_state(kind: Kind, found: Any, uid: str) -> JobState:
+    """The state of the object of that uid.
+
+    Args:
+        kind: Of the object.
+        found: As the API has it now; None: not there.
+        uid: Of the object that is meant.
+    """
+    if found is None or found["metadata"]["uid"] != uid:
         return JobState.INTERRUPTED
-    conditions = {c.type for c in found.status.conditions or [] if c.status == "True"}
-    if "Complete" in conditions:
+    status = found.get("status") or {}
+    if kind == RAYJOB:
+        state = _rayjob_state(status)
+    else:
+        state = _state_by_conditions(kind, found["spec"], status)
+    if has_ended(state):
+        return state
+    if "deletionTimestamp" in found["metadata"]:
+        return JobState.INTERRUPTED
+    return JobState.WAITING if found["spec"].get("suspend") else state
+
+
+def _state_by_conditions(kind: Kind, spec: Any, status: Any) -> JobState:
+    conditions = {c["type"] for c in status.get("conditions", []) if c["status"] == "True"}
+    if conditions & {"Complete", "Completed"}:  # of a Job, of a JobSet
         return JobState.SUCCEEDED
     if "Failed" in conditions:
         return JobState.FAILED
-    if found.metadata.deletion_timestamp is not None:
-        return JobState.INTERRUPTED
-    there = (found.status.ready or 0) + (found.status.succeeded or 0)
-    if found.spec.suspend or there < found.spec.completions:
-        return JobState.WAITING
-    return JobState.RUNNING
+    if kind == JOB:
+        there, wanted = status.get("ready", 0) + status.get("succeeded", 0), spec["completions"]
+    else:  # counts Jobs all of whose pods are ready: ours is one
+        of_jobs = status.get("replicatedJobsStatus", [])
+        there, wanted = sum(jobs["ready"] + jobs["succeeded"] for jobs in of_jobs), 1
+    return JobState.RUNNING if there >= wanted else JobState.WAITING
+
+
+def _rayjob_state(status: Any) -> JobState:
+    """KubeRay sees neither exit statuses nor lost nodes: what is not the stage's own error, or the
+    deadline, is worth another try."""
+    deployment = status.get("jobDeploymentStatus", "")
+    if deployment == "Complete":
+        ended_well = status.get("jobStatus") == "SUCCEEDED"
+        return JobState.SUCCEEDED if ended_well else JobState.INTERRUPTED
+    if deployment == "ValidationFailed":
+        return JobState.FAILED
+    if deployment == "Failed":
+        ended = _EXIT_CODE.match(status.get("message", ""))
+        own_error = ended is not None and int(ended[1]) == EXIT_FAILED
+        final = own_error or status.get("reason") == "DeadlineExceeded"
+        return JobState.FAILED if final else JobState.INTERRUPTED
+    running = deployment == "Running" and status.get("jobStatus") == "RUNNING"
+    return JobState.RUNNING if running else JobState.WAITING
 
 
 def has_ended(state: JobState) -> bool:
@@ -38,27 +86,33 @@ def has_ended(state: JobState) -> bool:
     return state not in (JobState.WAITING, JobState.RUNNING)
 
 
-def explain(state: JobState, found: Any, pods: Iterable[Any], queue: str) -> str:
-    """In words: how the Job failed, or what it waits for; "" while all is well.
+def explain(kind: Kind, state: JobState, found: Any, pods: Iterable[Any], queue: str) -> str:
+    """In words: how the stage failed, or what it waits for; "" while all is well.
 
     Args:
-        state: Of the Job.
-        found: The Job.
+        kind: Of the object.
+        state: Of the object.
+        found: The object, or None.
         pods: Its pods, the oldest first.
         queue: Kueue's queue of the settings, or "".
     """
-    if state is JobState.INTERRUPTED:
-        return GONE
-    if state is JobState.FAILED:
+    if state is JobState.FAILED or (state is JobState.INTERRUPTED and _has_failed(found)):
         return _failure(found, pods)
+    if state is JobState.INTERRUPTED:
+        return GONE.format(kind.name)
     if state is JobState.WAITING:
-        return _waits_for(found, pods, queue)
+        return _waits_for(kind, found, pods, queue)
     return ""
 
 
 def rank_zero(pods: Iterable[Any]) -> Any:
-    """The newest pod of index 0, or None: there may be more pods than expected."""
-    ranks = [pod for pod in pods if (pod.metadata.labels or {}).get(INDEX) == "0"]
+    """The newest pod of index 0, or of those that submit, or None: there may be more pods than
+    expected."""
+
+    def speaks(labels: dict[str, str]) -> bool:
+        return labels.get(INDEX) == "0" or labels.get(COMPONENT) == SUBMITTER
+
+    ranks = [pod for pod in pods if speaks(pod.metadata.labels or {})]
     return ranks[-1] if ranks else None
 
 
@@ -104,17 +158,25 @@ class Cursor:
         return text
 
 
+def _has_failed(found: Any) -> bool:
+    return found is not None and found.get("status", {}).get("jobDeploymentStatus") == "Failed"
+
+
 def _failure(found: Any, pods: Iterable[Any]) -> str:
-    failed = next(c for c in found.status.conditions if c.type == "Failed")
-    if failed.reason == "DeadlineExceeded":
+    status = found["status"]
+    said = next((c for c in status.get("conditions", []) if c["type"] == "Failed"), status)
+    # A JobSet has one rule that makes it fail, for the deadline of its Job.
+    if said.get("reason") in ("DeadlineExceeded", "FailJobSetFailurePolicyAction"):
         return (
-            f"it ran longer than {found.spec.active_deadline_seconds} s; raise "
+            f"it ran longer than {_deadline(found['spec'])} s; raise "
             "SAILYARD_CLUSTER_DEADLINE_SECONDS, and it resumes where it was"
         )
-    text = f"{failed.reason}: {failed.message}"
+    # Ray repeats the end of the log after its first line, and the task has that already.
+    first_line = str(said.get("message", "")).partition("\n")[0]
+    text = f"{said.get('reason') or status.get('jobDeploymentStatus')}: {first_line}"
     for pod in reversed(list(pods)):
-        for status in pod.status.container_statuses or []:
-            ended = status.state.terminated if status.state else None
+        for container in pod.status.container_statuses or []:
+            ended = container.state.terminated if container.state else None
             if ended is not None and ended.reason == "OOMKilled":
                 return (
                     f"{text}; {pod.metadata.name} was OOMKilled: raise SAILYARD_CLUSTER_MEMORY "
@@ -123,12 +185,18 @@ def _failure(found: Any, pods: Iterable[Any]) -> str:
     return text
 
 
-def _waits_for(found: Any, pods: Iterable[Any], queue: str) -> str:
-    if found.spec.suspend:
+def _deadline(spec: Any) -> int:
+    if "replicatedJobs" in spec:
+        spec = spec["replicatedJobs"][0]["template"]["spec"]
+    return int(spec["activeDeadlineSeconds"])
+
+
+def _waits_for(kind: Kind, found: Any, pods: Iterable[Any], queue: str) -> str:
+    if found["spec"].get("suspend"):
         return (
             f"in Kueue's queue {queue}, not admitted yet"
             if queue
-            else "the Job is suspended; somebody must resume it"
+            else f"the {kind.name} is suspended; somebody must resume it"
         )
     known = list(pods)
     for pod in known:

@@ -18,6 +18,7 @@ from kubernetes_asyncio.client.exceptions import ApiException
 
 from operators.launchers.base import JobState
 from operators.launchers.job_status import (
+    PODS_OF,
     Cursor,
     by_age,
     explain,
@@ -25,15 +26,16 @@ from operators.launchers.job_status import (
     job_state,
     rank_zero,
 )
-from operators.launchers.manifests import JOB_NAME
 from sailyard.cluster import ClusterSettings
 from sailyard.cluster_api import (
     LONGEST_PAUSE,
     REQUEST_SECONDS,
+    address,
     is_passing,
     kubeconfig,
     no_cluster,
     retry_after,
+    split_handle,
 )
 
 log = logging.getLogger(__name__)
@@ -78,9 +80,10 @@ class JobFollower:
     """
 
     def __init__(self, api: client.ApiClient, cluster: ClusterSettings, handle: str) -> None:
-        self._name, self._uid = handle.split("/")
+        self._kind, self._name, self._uid = split_handle(handle)
         self._cluster = cluster
-        self._batch, self._core = client.BatchV1Api(api), client.CoreV1Api(api)
+        self._address = address(self._kind, cluster.namespace)
+        self._objects, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self._found: Any = None
         self._ended = asyncio.Event()
         self._lines: asyncio.Queue[str] = asyncio.Queue()
@@ -131,7 +134,7 @@ class JobFollower:
             raise group.exceptions[0] from None
         if self.state is not JobState.SUCCEEDED:
             pods = [] if self._found is None else await self._pods()
-            self.reason = explain(self.state, self._found, pods, self._cluster.queue)
+            self.reason = explain(self._kind, self.state, self._found, pods, self._cluster.queue)
 
     async def _watch_job(self) -> None:
         """Until the Job has ended. A stream that ends, breaks or is too old (410) starts again."""
@@ -139,10 +142,10 @@ class JobFollower:
             try:
                 async with watch.Watch() as events:
                     async for event in events.stream(
-                        self._batch.list_namespaced_job,
-                        self._cluster.namespace,
+                        self._objects.list_namespaced_custom_object,
+                        *self._address,
                         field_selector=f"metadata.name={self._name}",
-                        resource_version=self._found.metadata.resource_version,
+                        resource_version=self._found["metadata"]["resourceVersion"],
                         timeout_seconds=WATCH_SECONDS,
                         _request_timeout=(REQUEST_SECONDS, WATCH_SECONDS + REQUEST_SECONDS),
                     ):
@@ -161,12 +164,16 @@ class JobFollower:
 
     def _take(self, found: Any) -> None:
         self._found = found
-        self.state = job_state(found, self._uid)
+        self.state = job_state(self._kind, found, self._uid)
+
+    @property
+    def _suspended(self) -> bool:
+        return bool(self._found["spec"].get("suspend"))
 
     async def _read_job(self) -> Any:
         try:
-            return await self._batch.read_namespaced_job(
-                self._name, self._cluster.namespace, _request_timeout=REQUEST_SECONDS
+            return await self._objects.get_namespaced_custom_object(
+                *self._address, self._name, _request_timeout=REQUEST_SECONDS
             )
         except ApiException as error:
             if error.status == 404:
@@ -178,7 +185,7 @@ class JobFollower:
         listed = await self._patiently(
             lambda: self._core.list_namespaced_pod(
                 self._cluster.namespace,
-                label_selector=f"{JOB_NAME}={self._name}",
+                label_selector=f"{PODS_OF[self._kind]}={self._name}",
                 _request_timeout=REQUEST_SECONDS,
             )
         )
@@ -189,8 +196,8 @@ class JobFollower:
         while True:
             reason = ""
             if self.state is JobState.WAITING:
-                pods = [] if self._found.spec.suspend else await self._pods()
-                reason = explain(JobState.WAITING, self._found, pods, self._cluster.queue)
+                pods = [] if self._suspended else await self._pods()
+                reason = explain(self._kind, self.state, self._found, pods, self._cluster.queue)
             if reason and reason != told:
                 self._lines.put_nowait(f"waiting: {reason}")
             told = reason
@@ -201,7 +208,7 @@ class JobFollower:
         while True:
             # Once more after the end: the last lines may not have been read.
             last = self._ended.is_set()
-            if self._found is not None and not self._found.spec.suspend:
+            if self._found is not None and not self._suspended:
                 pod = rank_zero(await self._pods())
                 if pod is not None and pod.status.phase not in ("Pending", None):
                     await self._read_log(pod.metadata, cursor)

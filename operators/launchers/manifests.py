@@ -1,4 +1,7 @@
-"""The Kubernetes objects of a stage, as plain data. Nothing here talks to a cluster."""
+"""The Kubernetes objects of a stage, as plain data. Nothing here talks to a cluster.
+
+A stage is a Job; what a JobSet and a RayJob have in its place is in modules of their own.
+"""
 
 from __future__ import annotations
 
@@ -99,17 +102,12 @@ def job_manifest(job: StageJob, size: Size, cluster: ClusterSettings, yard: Sett
     Raises:
         ValueError: There is no image, or no Secret.
     """
-    if not cluster.image:
-        raise ValueError("no image to run stages in; set SAILYARD_CLUSTER_IMAGE")
-    if not cluster.env_secret:
-        raise ValueError(
-            "pods get the database's URL and the store's keys from a Secret; name it in "
-            "SAILYARD_CLUSTER_ENV_SECRET"
-        )
     name = object_name(job)
-    metadata = _metadata(name, job, cluster)
-    if cluster.queue:
-        metadata["labels"][_QUEUE_LABEL] = cluster.queue
+    # The endpoint's pod becomes the host of the rendezvous: pod 0 and no other.
+    command = command_line(job, size, f"{name}-0.{name}")
+    container = stage_container(command, size, cluster, yard)
+    pod = pod_spec(container, cluster, ends_itself=True, subdomain=name if size.nodes > 1 else "")
+    made = metadata(name, job, cluster, queued=True)
     spec: Manifest = {
         "completionMode": "Indexed",
         "completions": size.nodes,
@@ -119,28 +117,22 @@ def job_manifest(job: StageJob, size: Size, cluster: ClusterSettings, yard: Sett
         "activeDeadlineSeconds": cluster.deadline_seconds,
         "ttlSecondsAfterFinished": cluster.ttl_seconds,
         "suspend": bool(cluster.queue),
-        "template": {
-            "metadata": {
-                "labels": dict(metadata["labels"]),
-                "annotations": dict(metadata["annotations"]),
-            },
-            "spec": _pod_spec(name, job, size, cluster, yard),
-        },
+        "template": pod_template(made, pod),
     }
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": made, "spec": spec}
 
 
 def service_manifest(job: StageJob, cluster: ClusterSettings, job_uid: str) -> Manifest:
     """The headless Service by which the pods find pod 0; it goes when the Job goes."""
     name = object_name(job)
-    metadata = _metadata(name, job, cluster)
-    metadata["ownerReferences"] = [
+    made = metadata(name, job, cluster)
+    made["ownerReferences"] = [
         {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job_uid}
     ]
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": metadata,
+        "metadata": made,
         "spec": {
             "clusterIP": "None",
             # Ranks must find pod 0 before it is ready, or it never will be.
@@ -151,8 +143,13 @@ def service_manifest(job: StageJob, cluster: ClusterSettings, job_uid: str) -> M
     }
 
 
-def command_line(name: str, job: StageJob, size: Size) -> list[str]:
+def command_line(job: StageJob, size: Size, host: str = "") -> list[str]:
     """What a pod runs: the one command of the stage contract; on several nodes, under torchrun.
+
+    Args:
+        job: What to run.
+        size: Pods and what is in each.
+        host: Name of pod 0, where several meet.
 
     On one node the command starts its ranks itself (SAILYARD_RANKS): then its exit status says how
     the stage ended, which torchrun's does not.
@@ -166,9 +163,8 @@ def command_line(name: str, job: StageJob, size: Size) -> list[str]:
         f"--nnodes={size.nodes}",
         f"--nproc-per-node={size.ranks_per_node}",
         "--rdzv-backend=c10d",
-        # The endpoint's pod becomes the host of the rendezvous: pod 0 and no other.
-        f"--rdzv-endpoint={name}-0.{name}:{RENDEZVOUS_PORT}",
-        f"--rdzv-id={name}",
+        f"--rdzv-endpoint={host}:{RENDEZVOUS_PORT}",
+        f"--rdzv-id={object_name(job)}",
         # Whoever ends the pod kills what will not save in time.
         f"--shutdown-timeout={GRACE_SECONDS}",
         # Behind the two dashes torchrun no longer takes --run for an option of its own.
@@ -178,18 +174,35 @@ def command_line(name: str, job: StageJob, size: Size) -> list[str]:
     ]
 
 
-def _metadata(name: str, job: StageJob, cluster: ClusterSettings) -> Manifest:
+def metadata(
+    name: str, job: StageJob, cluster: ClusterSettings, *, queued: bool = False
+) -> Manifest:
+    """Of an object of the stage; `queued` if it is for Kueue to admit, should there be a queue."""
+    labels = {
+        **MANAGED_BY,
+        "app.kubernetes.io/name": "sailyard",
+        "app.kubernetes.io/component": "stage",
+        RUN_LABEL: _label_value(job.run_id),
+        STAGE_LABEL: _label_value(job.stage),
+    }
+    if queued and cluster.queue:
+        labels[_QUEUE_LABEL] = cluster.queue
     return {
         "name": name,
         "namespace": cluster.namespace,
-        "labels": {
-            **MANAGED_BY,
-            "app.kubernetes.io/name": "sailyard",
-            "app.kubernetes.io/component": "stage",
-            RUN_LABEL: _label_value(job.run_id),
-            STAGE_LABEL: _label_value(job.stage),
-        },
+        "labels": labels,
         "annotations": {RUN_ANNOTATION: job.run_id, STAGE_ANNOTATION: job.stage},
+    }
+
+
+def pod_template(made: Manifest, pod: Manifest, **labels: str) -> Manifest:
+    """Pods labelled as the object whose metadata is given, but for the labels named."""
+    return {
+        "metadata": {
+            "labels": {**made["labels"], **labels},
+            "annotations": dict(made["annotations"]),
+        },
+        "spec": pod,
     }
 
 
@@ -219,9 +232,21 @@ def _exit_code(code: int) -> Manifest:
     return {"containerName": CONTAINER, "operator": "In", "values": [code]}
 
 
-def _pod_spec(
-    name: str, job: StageJob, size: Size, cluster: ClusterSettings, yard: Settings
+def pod_spec(
+    container: Manifest,
+    cluster: ClusterSettings,
+    *,
+    ends_itself: bool = False,
+    subdomain: str = "",
 ) -> Manifest:
+    """A pod of one container, with no more rights than it takes.
+
+    Args:
+        container: That one.
+        cluster: Where and how.
+        ends_itself: The container's first process is a stage, whose exit status counts.
+        subdomain: Name of the headless Service that the pod is found by.
+    """
     spec: Manifest = {
         "restartPolicy": "Never",
         "serviceAccountName": cluster.service_account,
@@ -229,7 +254,7 @@ def _pod_spec(
         "enableServiceLinks": False,
         # The first process of a namespace cannot end itself by a signal, and a stage that was
         # killed must be seen as killed: let the pause container be the first.
-        "shareProcessNamespace": True,
+        **({"shareProcessNamespace": True} if ends_itself else {}),
         "terminationGracePeriodSeconds": cluster.grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,
@@ -240,11 +265,11 @@ def _pod_spec(
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(name, job, size, cluster, yard)],
+        "containers": [container],
         "volumes": _volumes(cluster),
     }
-    if size.nodes > 1:
-        spec["subdomain"] = name
+    if subdomain:
+        spec["subdomain"] = subdomain
     if cluster.pull_secrets:
         spec["imagePullSecrets"] = [{"name": secret} for secret in cluster.pull_secrets]
     if cluster.node_selector:
@@ -256,36 +281,64 @@ def _pod_spec(
     return spec
 
 
-def _container(
-    name: str, job: StageJob, size: Size, cluster: ClusterSettings, yard: Settings
+def stage_container(
+    command: list[str] | None,
+    size: Size,
+    cluster: ClusterSettings,
+    yard: Settings,
+    **variables: str,
 ) -> Manifest:
+    """A container that can run a stage.
+
+    Args:
+        command: None where somebody else says what it runs.
+        size: Devices in it.
+        cluster: Where and how.
+        yard: Places that it works with; its keys stay here.
+        variables: More of its environment.
+
+    Raises:
+        ValueError: There is no image, or no Secret.
+    """
+    if not cluster.image:
+        raise ValueError("no image to run stages in; set SAILYARD_CLUSTER_IMAGE")
+    if not cluster.env_secret:
+        raise ValueError(
+            "pods get the database's URL and the store's keys from a Secret; name it in "
+            "SAILYARD_CLUSTER_ENV_SECRET"
+        )
     requests = {"cpu": cluster.cpu, "memory": cluster.memory}
     limits = {"memory": cluster.memory, "ephemeral-storage": cluster.scratch}
     if size.gpus_per_node:
         limits[cluster.gpu_resource] = str(size.gpus_per_node)
+    environment = _environment(yard, size) | variables
     container: Manifest = {
         "name": CONTAINER,
         "image": cluster.image,
         "imagePullPolicy": cluster.pull_policy,
-        "command": command_line(name, job, size),
-        "env": [{"name": key, "value": value} for key, value in _environment(yard, size).items()],
+        **({"command": command} if command else {}),
+        "env": [{"name": key, "value": value} for key, value in environment.items()],
         "resources": {"requests": requests, "limits": limits},
         "volumeMounts": [
             {"name": "home", "mountPath": HOME},
             {"name": "tmp", "mountPath": "/tmp"},
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": confined(),
+        "envFrom": [{"secretRef": {"name": cluster.env_secret}}],
     }
-    if cluster.env_secret:
-        container["envFrom"] = [{"secretRef": {"name": cluster.env_secret}}]
     if cluster.cache_claim:
         container["volumeMounts"].append({"name": "cache", "mountPath": f"{HOME}/cache"})
     return container
+
+
+def confined() -> Manifest:
+    """Security context of every container."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
 
 
 def _environment(yard: Settings, size: Size) -> dict[str, str]:

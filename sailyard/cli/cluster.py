@@ -39,7 +39,7 @@ def examine_cluster(yard: Yard, remove: bool) -> Iterator[Finding]:
 def _examine(yard: Yard, cluster: ClusterSettings, remove: bool) -> Iterator[Finding]:
     from kubernetes import client
 
-    from sailyard.cluster_api import connect, delete_job, missing_rights, stage_jobs
+    from sailyard.cluster_api import connect, delete_object, missing_rights, stage_jobs
 
     for name in ("image", "env_secret"):
         if not getattr(cluster, name):
@@ -56,11 +56,11 @@ def _examine(yard: Yard, cluster: ClusterSettings, remove: bool) -> Iterator[Fin
         yield Finding("cluster rights", "ok", f"all that launching takes, in {place}")
     jobs = stage_jobs(api, cluster)
     yield Finding("cluster jobs", "ok", f"{len(jobs)} in {place}")
-    batch = client.BatchV1Api(api)
+    objects = client.CustomObjectsApi(api)
     for job in jobs:
         leftover = job.ended or (job.state != "going" and _is_finished(yard, job))
         if leftover and remove:
-            delete_job(batch, cluster.namespace, job.name, job.uid)
+            delete_object(objects, cluster.namespace, job.kind, job.name, job.uid)
             yield Finding("cluster job", "ok", f"{_describe(job)}; deleted")
         elif leftover:
             way_out = "sailyard doctor --cluster --remove-leftovers"

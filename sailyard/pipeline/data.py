@@ -67,6 +67,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
             sections=("curation.caption2", "model"),
             doc="Judges score every caption; low scores and a 'No' are dropped, by reason.",
             needs_torch=True,
+            spreads=True,
             gpus=inference,
         ),
         Stage(

@@ -46,6 +46,7 @@ class Stage:
         resumable: The entry keeps checkpoints and watches ``stop_requested``; others are
             interrupted at once when asked to stop.
         distributed: The entry may run as several ranks at once; of other stages rank 0 runs alone.
+        spreads: The entry's map step can be spread over a Ray cluster (``curation.spread``).
         gpus: Devices wanted on a cluster; 0 runs on the CPU.
         restore: "package.module:function", called when a finished result is reused, by the
             stages whose effect reaches outside their artifacts.
@@ -61,6 +62,7 @@ class Stage:
     needs_torch: bool = False
     resumable: bool = False
     distributed: bool = False
+    spreads: bool = False
     gpus: int = 0
     restore: str = ""
 

@@ -238,6 +238,7 @@ def thinking_stages(training: int, inference: int) -> list[Stage]:
             sections=(name, "model"),
             doc=doc,
             needs_torch=True,
+            spreads=True,
             gpus=inference,
         )
 

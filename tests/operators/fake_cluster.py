@@ -28,9 +28,15 @@ import yaml
 JSON = dict[str, Any]
 
 _PATH = re.compile(
-    r"^(?:/api/v1|/apis/(?P<group>[a-z0-9.]+)/v1)(?:/namespaces/(?P<namespace>[^/]+))?"
+    r"^(?:/api/v1|/apis/(?P<group>[a-z0-9.-]+)/(?P<version>v[0-9a-z]+))"
+    r"(?:/namespaces/(?P<namespace>[^/]+))?"
     r"/(?P<kind>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<part>log))?$"
 )
+_DISCOVERY = re.compile(r"^/apis/(?P<group>[a-z0-9.-]+)/(?P<version>v[0-9a-z]+)$")
+
+BUILT_IN = {"batch/v1": ["jobs"], "authorization.k8s.io/v1": ["selfsubjectaccessreviews"]}
+ADD_ONS = {"jobset.x-k8s.io/v1alpha2": ["jobsets"], "ray.io/v1": ["rayclusters", "rayjobs"]}
+STAGE_OBJECTS = ("jobs", "jobsets", "rayjobs")
 
 
 class FakeCluster:
@@ -41,6 +47,7 @@ class FakeCluster:
         requests: "METHOD path?query" of every request.
         denied: Rights that the client lacks; answered with 403.
         faults: Taken one by one by the next requests: an HTTP status, (status, headers), "reset".
+        apis: Version of each API group that is installed -> its resources.
         skew: The server's clock is so far ahead of ours.
         slow_deletion: A deleted Job stays until ``collect``, as under foreground deletion.
         watch_speed: Seconds of a watch's time-out that pass in one real second.
@@ -60,6 +67,7 @@ class FakeCluster:
         self.denied: set[tuple[str, str, str]] = set()
         self.faults: list[Any] = []
         self.log_cuts: list[int] = []
+        self.apis = BUILT_IN | ADD_ONS
         self.skew = timedelta()
         self.slow_deletion = False
         self.watch_speed = 1.0
@@ -95,7 +103,7 @@ class FakeCluster:
         return self.write(kind, body, "ADDED")
 
     def delete(self, kind: str, body: JSON, options: JSON) -> None:
-        if kind == "jobs" and self.slow_deletion:
+        if kind in STAGE_OBJECTS and self.slow_deletion:
             body["metadata"]["deletionTimestamp"] = self.now().strftime("%Y-%m-%dT%H:%M:%SZ")
             self.write(kind, body, "MODIFIED")
             return
@@ -111,25 +119,30 @@ class FakeCluster:
 
     # --- what kubelet, controllers and people do --------------------------------------------------
 
+    @staticmethod
+    def kind(handle: str) -> str:
+        """A launcher's handle ends with the kind unless it is a Job."""
+        return (handle.split("/")[2:] or ["jobs"])[0]
+
     def job(self, handle: str) -> JSON:
-        return self.objects["jobs", handle.split("/")[0]]
+        return self.objects[self.kind(handle), handle.split("/")[0]]
 
     def has(self, kind: str, name: str) -> bool:
         return (kind, name.split("/")[0]) in self.objects
 
     def collect(self, handle: str) -> None:
         """The garbage collector has finished a foreground deletion."""
-        self._remove("jobs", self.job(handle))
+        self._remove(self.kind(handle), self.job(handle))
 
     def suspend(self, handle: str, suspended: bool) -> None:
         body = copy.deepcopy(self.job(handle))
         body["spec"]["suspend"] = suspended
-        self.write("jobs", body, "MODIFIED")
+        self.write(self.kind(handle), body, "MODIFIED")
 
     def set_status(self, handle: str, **status: Any) -> None:
         body = copy.deepcopy(self.job(handle))
         body["status"] = status
-        self.write("jobs", body, "MODIFIED")
+        self.write(self.kind(handle), body, "MODIFIED")
 
     def end(self, handle: str, kind: str, reason: str, message: str = "", **status: Any) -> None:
         """As the Job controller ends a Job: first that it will, then that it has."""
@@ -146,18 +159,22 @@ class FakeCluster:
     ) -> str:
         job = self.job(handle)
         name = f"{job['metadata']['name']}-{index}-{suffix}"
-        labels = {
-            **job["spec"]["template"]["metadata"]["labels"],
-            "batch.kubernetes.io/job-name": job["metadata"]["name"],
-            "batch.kubernetes.io/job-completion-index": str(index),
+        template, labels = _pod_of(self.kind(handle), job, index)
+        owner = {
+            "apiVersion": job["apiVersion"],
+            "kind": job["kind"],
+            "name": job["metadata"]["name"],
+            "uid": job["metadata"]["uid"],
         }
-        owner = {"kind": "Job", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
-        owner["apiVersion"] = "batch/v1"
         body = {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": name, "labels": labels, "ownerReferences": [owner]},
-            "spec": job["spec"]["template"]["spec"],
+            "metadata": {
+                "name": name,
+                "labels": {**template["metadata"]["labels"], **labels},
+                "ownerReferences": [owner],
+            },
+            "spec": template["spec"],
             "status": {"phase": phase, **status},
         }
         self.create("pods", job["metadata"]["namespace"], body)
@@ -190,6 +207,25 @@ class FakeCluster:
         with self.changed:
             self.revision += 1
             self.oldest_event = self.revision
+
+
+def _pod_of(kind: str, body: JSON, index: int) -> tuple[JSON, JSON]:
+    """Template of a pod, and the labels that controllers add. Of a RayJob, 0 is the pod that
+    submits, 1 the head, all others are workers; the Ray cluster between is left out."""
+    spec, name = body["spec"], body["metadata"]["name"]
+    if kind == "rayjobs":
+        if index == 0:
+            return spec["submitterPodTemplate"], {"batch.kubernetes.io/job-name": name}
+        ray = spec["rayClusterSpec"]
+        group = ray["headGroupSpec"] if index == 1 else ray["workerGroupSpecs"][0]
+        return group["template"], {"ray.io/cluster": f"{name}-x1y2z"}
+    labels = {"batch.kubernetes.io/job-completion-index": str(index)}
+    if kind == "jobs":
+        return spec["template"], labels | {"batch.kubernetes.io/job-name": name}
+    child = spec["replicatedJobs"][0]
+    labels["batch.kubernetes.io/job-name"] = f"{name}-{child['name']}-0"
+    labels["jobset.sigs.k8s.io/jobset-name"] = name
+    return child["template"]["spec"]["template"], labels
 
 
 @contextmanager
@@ -249,10 +285,14 @@ class _Handler(BaseHTTPRequestHandler):
         cluster.requests.append(f"{self.command} {self.path}")
         if self._misbehave():
             return None
+        if (asked := _DISCOVERY.match(parts.path)) is not None:
+            return self._discover("/".join(asked.groups()))
         found = _PATH.match(parts.path)
         if found is None or self.headers.get("Authorization") != "Bearer secret-token":
             return self._status(404 if found is None else 401, "what?")
         group, kind, name = found["group"] or "", found["kind"], found["name"]
+        if group and kind not in cluster.apis.get(f"{group}/{found['version']}", []):
+            return self._status(404, "the server could not find the requested resource")
         if kind == "selfsubjectaccessreviews":
             return self._review(body)
         watched = query.get("watch") in ("true", "True")
@@ -281,6 +321,18 @@ class _Handler(BaseHTTPRequestHandler):
             return self._status(409, "the UID in the precondition is another's")
         cluster.delete(kind, known, body)
         return self._status(200, "deleted")
+
+    def _discover(self, version: str) -> None:
+        known = self.cluster.apis.get(version)
+        if known is None:
+            return self._status(404, "the server could not find the requested resource")
+        resources = [
+            {"name": name, "singularName": "", "namespaced": True, "kind": "?", "verbs": []}
+            for name in known
+        ]
+        return self._json(
+            200, {"kind": "APIResourceList", "groupVersion": version, "resources": resources}
+        )
 
     def _misbehave(self) -> bool:
         if not self.cluster.faults:
