@@ -207,8 +207,9 @@ class AdaLRS(Section):
     window: int = Field(100, ge=3)
     """Steps over which the descent speed is fitted. Not found in any source; our choice."""
 
-    epsilon: float = Field(1e-6, ge=0)
-    """Half the margin by which speeds must differ, loss per step. Not found; our choice."""
+    epsilon: float = Field(1.0, ge=0)
+    """Half the margin by which speeds must differ, in standard errors of their difference, so that
+    it follows the noise of the loss. AdaLRS gives no number; our choice."""
 
     start: float = Field(0.10, ge=0, lt=1)
     """Share of training after which the search begins. AdaLRS section 4."""
