@@ -60,8 +60,7 @@ def _training_stage(
         doc=doc,
         needs_torch=True,
         resumable=True,
-        # Rollouts are sampled by one process so far.
-        distributed=not entry.startswith("training.rl"),
+        distributed=True,
         gpus=gpus,
     )
 
