@@ -7,8 +7,8 @@ Two questions, on the mixes of `benchmarks.mix`:
    first-fit in arrival order. TRL packs a stored set, a thousand samples at a time; the stream
    sees `LOOK_AHEAD` samples ahead. All get the same samples.
 2. What is that worth? Training steps (forward and backward, fp32, CPU) of a small network with the
-   layout of ours, of batches that may hold `SLOTS_ROWS` rows of `seq_len` token slots at most: the
-   memory of every arm is the same. Three ways to fill them:
+   layout of ours, of batches that may hold `SLOTS_ROWS` rows of `seq_len` token slots at most:
+   the memory of every arm is the same. Three ways to fill them:
 
    - packed: that many rows by the stream's rule.
    - padded: a fixed number of consecutive samples, padded to the longest among them. The number is
@@ -157,7 +157,9 @@ def measure_training(lengths: Sequence[int], seq_len: int, steps: int) -> dict[s
     slots = SLOTS_ROWS * width
     rows = stream_rows(small, width)
     arms: dict[str, list[torch.Tensor]] = {
-        "packed": [_packed(rows[i : i + SLOTS_ROWS], width) for i in range(0, len(rows), SLOTS_ROWS)],
+        "packed": [
+            _packed(rows[i : i + SLOTS_ROWS], width) for i in range(0, len(rows), SLOTS_ROWS)
+        ],
         "padded": [_padded(batch) for batch in fixed_batches(small, slots, max(small))],
         "padded, token budget": [_padded(batch) for batch in budget_batches(small, slots)],
     }

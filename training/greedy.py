@@ -1,9 +1,9 @@
 """Greedy soup: ingredients join one after another while a validation metric does not fall.
 
-After Wortsman et al., "Model soups" (arXiv 2203.05482, recipe 1): ingredients are taken in the order
-of their own metric, best first, and each stays only if the average with it is at least as good as
-without. So the soup is never worse than its best ingredient, by that metric. Averages are written to
-disk and read back like any checkpoint: memory holds one network, whatever the number of ingredients.
+After Wortsman et al., "Model soups" (arXiv 2203.05482, recipe 1): ingredients are taken in order of
+their own metric, best first, and each stays only if the average with it is at least as good as
+without. So by that metric the soup is never worse than its best ingredient. Averages are written
+to disk and read back like any checkpoint: one network is in memory, however many there are.
 """
 
 from __future__ import annotations

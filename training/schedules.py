@@ -1,14 +1,14 @@
 """Learning-rate schedules, and AdaLRS: a search for the rate while training runs.
 
-AdaLRS (paper section 3.2.3; arXiv 2506.13274) watches how fast the loss falls. When the
-descent slows it trains the next window twice from the same weights and on the same samples, at the
-rate as it is and at a larger one. Where the loss falls faster at the larger rate, that run goes on
-and the rate stays; where it falls more slowly the run at the old rate goes on, at a lower rate; where
-the difference is noise it goes on as it was.
+AdaLRS (paper section 3.2.3; arXiv 2506.13274) watches how fast the loss falls. When the descent
+slows it trains the next window twice from the same weights and on the same samples, at the rate as
+it is and at a larger one. Where the loss falls faster at the larger rate, that run goes on and the
+rate stays; where it falls more slowly the run at the old rate goes on, at a lower rate; where the
+difference is noise it goes on as it was.
 
-The paper compares the window before the trial with the trial itself. Those are other samples, and the
-descent slows by itself: at ten steps a window both are several times the effect (docs/log.md). With the
-window repeated, what is left of the noise is measured: `Gain`.
+The paper compares the window before the trial with the trial itself. Those are other samples, and
+the descent slows by itself: over ten steps both outweigh the effect (docs/log.md). With the window
+repeated neither is in the difference, and the noise that is left is measured (`faster_by`).
 """
 
 from __future__ import annotations

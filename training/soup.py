@@ -30,9 +30,9 @@ class HeterogeneousSoup(ValueError):
 
 
 def run(ctx: StageContext) -> None:
-    """Stage `post_training.soup`: check, choose if greedy, average in fp32, record every ingredient.
+    """Stage `post_training.soup`: check, choose if greedy, average in fp32, record ingredients.
 
-    `ingredient_digests` names all that were offered; `weights` and `distance` those that are in it.
+    `ingredient_digests` names all that were offered, `weights` and `distance` those in it.
     """
     recipe: Soup = ctx.section("post_training.soup")
     ingredients = {name: ctx.input(name) for name in ctx.input_names if name != "heldout"}
@@ -45,9 +45,7 @@ def run(ctx: StageContext) -> None:
 
         torch.set_num_threads(recipe.threads)
         samples = validation_samples(ctx.input("heldout"), recipe.validation_per_skill)
-        found = choose(
-            ingredients, weights, lambda path: token_loss(path, samples), ctx.scratch()
-        )
+        found = choose(ingredients, weights, lambda path: token_loss(path, samples), ctx.scratch())
         ctx.summary(greedy={**found, "num_samples": len(samples)})
         ingredients = {name: ingredients[name] for name in found["taken"]}
         weights = {name: weights[name] for name in found["taken"]}

@@ -306,8 +306,8 @@ class RLRecipe(Optimization):
     def _check_rl(self) -> Self:
         if self.parallel == "zero3":
             raise ValueError(
-                "parallel is zero3, under which no rank holds the weights that rollouts are sampled "
-                "with: set zero2, zero1 or ddp"
+                "parallel is zero3, under which no rank holds the weights that rollouts are "
+                "sampled with: set zero2, zero1 or ddp"
             )
         if self.clip_low > self.clip_high:
             raise ValueError(

@@ -122,7 +122,7 @@ def test_a_trial_that_explodes_is_undone_whatever_its_noise() -> None:
         actions.append(search.observe(step, 5 - 0.01 * step))
         step += 1
     before = search.state.scale_before
-    for number in range(5):
+    for _ in range(5):
         actions.append(search.observe(step, 50.0))
         step += 1
     assert actions[-1] == "undo"

@@ -174,7 +174,9 @@ class ReinforcementRun:
                 np.random.default_rng(derive_seed(self.ctx.seed, state.step, "mini-batches")),
                 list(responses),
             ),
-            lambda: f"the updates of step {state.step} do not fit into memory; its prompts are {ids}",
+            lambda: (
+                f"the updates of step {state.step} do not fit into memory; its prompts are {ids}"
+            ),
         )
         metrics = {
             **self._reward_metrics(groups),
