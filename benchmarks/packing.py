@@ -19,9 +19,9 @@ Two questions, on the mixes of `benchmarks.mix`:
      normalised over unequal batches.
 
    Attention never sees padding in any of them, so the gain is what padding costs the rest of the
-   network, and what small batches cost. Lengths are the mix's divided by `SHRINK`, which leaves every
-   ratio between them as it is. The arms alternate; a speed is all tokens over all seconds, because
-   the arms' steps differ in length.
+   network, and what small batches cost. Lengths are the mix's divided by `SHRINK`, which leaves
+   every ratio between them as it is. The arms alternate; a speed is all tokens over all seconds,
+   because the arms' steps differ in length.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 AdaLRS (paper section 3.2.3; arXiv 2506.13274) watches how fast the loss falls. When the descent
 slows it trains the next window twice from the same weights and on the same samples, at the rate as
 it is and at a larger one. Where the loss falls faster at the larger rate, that run goes on and the
-rate stays; where it falls more slowly the run at the old rate goes on, at a lower rate; where the
-difference is noise it goes on as it was.
+rate stays; where it falls more slowly the run at the old rate goes on, and the next trial is of a
+lower rate; where the difference is noise it goes on as it was.
 
 The paper compares the window before the trial with the trial itself. Those are other samples, and
 the descent slows by itself: over ten steps both outweigh the effect (docs/log.md). With the window
-repeated neither is in the difference, and the noise that is left is measured (`faster_by`).
+repeated neither is in the difference, and the noise that is left is measured (`faster_by`). The
+paper also lowers the rate at once when a larger one fails; that three times as much is too much does not
+say that half is better, so here a lower rate must win a trial as well (docs/log.md).
 """
 
 from __future__ import annotations
@@ -110,6 +112,7 @@ class AdaLRSState:
 
     Attributes:
         phase: What the window under way is for: to watch, or the two runs of a trial.
+        down: Whether the next trial is of a lower rate.
         base: Losses of a trial's first run, at the rate as it was.
         num_repeated: Steps of second runs: what the search has cost.
     """
@@ -117,6 +120,7 @@ class AdaLRSState:
     scale: float = 1.0
     attempts: int = 0
     phase: Literal["watch", "base", "trial"] = "watch"
+    down: bool = False
     window: list[float | None] = field(default_factory=list)
     base: list[float | None] = field(default_factory=list)
     previous_speed: float | None = None
@@ -176,7 +180,10 @@ class AdaLRS:
         if state.phase == "base":
             state.base, state.phase = window, "trial"
             state.scale_before = state.scale
-            state.scale *= max(self.decay**state.attempts * self.a, 1.0)
+            if state.down:
+                state.scale /= self._down_divisor()
+            else:
+                state.scale *= max(self.decay**state.attempts * self.a, 1.0)
             state.attempts += 1
             return "try"
         return self._judge(step, window)
@@ -199,9 +206,9 @@ class AdaLRS:
         if state.rises >= 2:
             state.rises = 0
             state.scale /= self._down_divisor()
-            self._record(step, "lowered: loss rose over two windows", speed)
+            self._record(step, "lowered: loss rose over two windows", speed, state.scale)
             return "none"
-        if not slowed or not may_rise or step + self.window >= self.last_step:
+        if not slowed or not (may_rise or state.down) or step + self.window >= self.last_step:
             return "none"
         state.phase = "base"
         return "mark"
@@ -210,31 +217,30 @@ class AdaLRS:
         state, gain = self.state, faster_by(self.state.base, window)
         exploded = _mean(window) > state.max_loss
         margin = 2 * self.epsilon * gain.error
-        state.phase = "watch"
-        if gain.value > margin and not exploded:
-            state.previous_speed = descent_speed(window).value
-            self._record(step, "kept", gain)
-            return "keep"
-        if exploded or gain.value < -margin:
-            state.scale = state.scale_before / self._down_divisor()
-            state.previous_speed = None
-            self._record(step, "undone and lowered", gain)
-            return "undo"
-        state.scale = state.scale_before
-        state.previous_speed = descent_speed(state.base).value
-        self._record(step, "no difference", gain)
-        return "undo"
+        kept = gain.value > margin and not exploded
+        slower = exploded or gain.value < -margin
+        tried = state.scale
+        state.phase, state.down = "watch", slower and not state.down
+        state.previous_speed = descent_speed(window if kept else state.base).value
+        if state.down:
+            state.previous_speed = None  # the lower rate's turn, however the loss falls
+        if not kept:
+            state.scale = state.scale_before
+        what = "kept" if kept else "slower" if slower else "no difference"
+        self._record(step, what, gain, tried)
+        return "keep" if kept else "undo"
 
     def _down_divisor(self) -> float:
         return max(self.decay**self.state.attempts * self.b, 1.0)
 
-    def _record(self, step: int, what: str, speed: Speed) -> None:
+    def _record(self, step: int, what: str, speed: Speed, tried: float) -> None:
         self.state.base = []
         self.state.events.append(
             {
                 "step": step,
                 "what": what,
                 "scale": self.state.scale,
+                "tried": tried,
                 "speed": speed.value,
                 "error": speed.error,
             }
