@@ -27,7 +27,7 @@ from training.supervised import SupervisedRun
 
 TOO_LOW = 8
 STAGE = "post_training.base_sft_2"
-SEARCH = {"window": 10, "epsilon": 1e-4, "start": 0.05, "end": 0.4}
+SEARCH = {"window": 10, "start": 0.05, "end": 0.4}
 
 
 def final_loss(

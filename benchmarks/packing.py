@@ -7,20 +7,29 @@ Two questions, on the mixes of `benchmarks.mix`:
    first-fit in arrival order. TRL packs a stored set, a thousand samples at a time; the stream
    sees `LOOK_AHEAD` samples ahead. All get the same samples.
 2. What is that worth? Training steps (forward and backward, fp32, CPU) of a small network with the
-   layout of ours: packed rows against batches padded to the longest sample, at equal memory: both
-   hold the same number of token slots. Padded batches take consecutive samples while the longest
-   times their number fits. Attention never sees padding in either, so the gain is what padding
-   costs the rest of the network; lengths are the recorded ones divided by `SHRINK`, which leaves
-   every ratio between them as it is. Both arms alternate, and the ratio is that of medians.
+   layout of ours, of batches that may hold `SLOTS_ROWS` rows of `seq_len` token slots at most:
+   the memory of every arm is the same. Three ways to fill them:
+
+   - packed: that many rows by the stream's rule.
+   - padded: a fixed number of consecutive samples, padded to the longest among them. The number is
+     what a trainer's batch size must be for the mix's longest sample to fit beside its equals: more
+     would run out of memory on the batch in which they meet.
+   - padded, token budget: consecutive samples while the longest times their number fits, so that
+     batches of short samples hold more of them. Fewer trainers do this; it needs a loss that is
+     normalised over unequal batches.
+
+   Attention never sees padding in any of them, so the gain is what padding costs the rest of the
+   network, and what small batches cost. Lengths are the mix's divided by `SHRINK`, which leaves
+   every ratio between them as it is. The arms alternate; a speed is all tokens over all seconds,
+   because the arms' steps differ in length.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +44,8 @@ from training.packing import fill_row
 
 LOOK_AHEAD = 256
 SHRINK = 8
+SLOTS_ROWS = 4
+"""Rows of seq_len that a batch of any arm may hold."""
 SETTINGS: dict[str, tuple[Sequence[Kind], int]] = {
     "multitask": (MULTITASK, 8192),
     "longcot": (LONGCOT, 20_480),
@@ -117,8 +128,14 @@ def _packing(rows: Rows, seq_len: int, seconds: float) -> dict[str, float]:
     }
 
 
-def padded_batches(lengths: Sequence[int], slots: int) -> Rows:
-    """Consecutive samples, as many as fit when all are padded to the longest."""
+def fixed_batches(lengths: Sequence[int], slots: int, longest: int) -> Rows:
+    """Consecutive samples, as many in every batch as fit when all are as long as `longest`."""
+    size = max(slots // longest, 1)
+    return [list(lengths[i : i + size]) for i in range(0, len(lengths) - size + 1, size)]
+
+
+def budget_batches(lengths: Sequence[int], slots: int) -> Rows:
+    """Consecutive samples, as many as fit when all are padded to the longest of the batch."""
     batches: Rows = []
     current: list[int] = []
     for length in lengths:
@@ -136,48 +153,66 @@ def measure_training(lengths: Sequence[int], seq_len: int, steps: int) -> dict[s
     section = load_recipe("tiny").model.language
     model = build_language(language_config_of(section)).train()
     small = [max(length // SHRINK, 2) for length in lengths]
-    slots = seq_len // SHRINK
-    packed = stream_rows(small, slots)[:steps]
-    padded = padded_batches(small, slots)[:steps]
+    width = seq_len // SHRINK
+    slots = SLOTS_ROWS * width
+    rows = stream_rows(small, width)
+    arms: dict[str, list[torch.Tensor]] = {
+        "packed": [
+            _packed(rows[i : i + SLOTS_ROWS], width) for i in range(0, len(rows), SLOTS_ROWS)
+        ],
+        "padded": [_padded(batch) for batch in fixed_batches(small, slots, max(small))],
+        "padded, token budget": [_padded(batch) for batch in budget_batches(small, slots)],
+    }
 
-    def step(segments: torch.Tensor) -> None:
+    def seconds(segments: torch.Tensor) -> float:
         ids = torch.randint(0, section.vocab_size, segments.shape)
         labels = torch.where(segments > 0, ids, -100)
+        started = time.perf_counter()
         embeds = model.get_input_embeddings()(ids)
         output = language_forward(model, embeds, attention_mask=segments, labels=labels)
         assert output.loss is not None
         output.loss.backward()
         model.zero_grad()
+        return time.perf_counter() - started
 
-    def rate(tokens: int, run: Callable[[], None]) -> float:
-        started = time.perf_counter()
-        run()
-        return tokens / (time.perf_counter() - started)
-
-    rates: dict[str, list[float]] = {"packed": [], "padded": []}
-    for number, (row, batch) in enumerate(zip(packed, padded, strict=True)):
-        fast = rate(sum(row), lambda row=row: step(_packed(row, slots)))  # type: ignore[misc]
-        slow = rate(sum(batch), lambda batch=batch: step(_padded(batch)))  # type: ignore[misc]
-        if number >= 2:  # the first ones warm up
-            rates["packed"].append(fast)
-            rates["padded"].append(slow)
-    fast, slow = (statistics.median(rates[arm]) for arm in ("packed", "padded"))
-    padded_tokens = sum(map(sum, padded))
+    tokens, spent = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)
+    for number in range(-2, steps):  # the first ones warm up
+        for arm, batches in arms.items():
+            batch = batches[number % len(batches)]
+            took = seconds(batch)
+            if number >= 0:
+                tokens[arm] += int((batch > 0).sum())
+                spent[arm] += took
+    speeds = {arm: tokens[arm] / spent[arm] for arm in arms}
     return {
         "slots": slots,
-        "steps": len(rates["packed"]),
-        "packed_tokens_per_second": fast,
-        "padded_tokens_per_second": slow,
-        "speedup": fast / slow,
-        "packed_fill": sum(map(sum, packed)) / (slots * len(packed)),
-        "padded_fill": padded_tokens / sum(max(b) * len(b) for b in padded),
+        "steps": steps,
+        "batch_size_padded": arms["padded"][0].shape[0],
+        "fill": {
+            arm: sum(int((b > 0).sum()) for b in batches) / sum(b.numel() for b in batches)
+            for arm, batches in arms.items()
+        },
+        # How the choice of SLOTS_ROWS bears on it: fill of padded batches of so many samples.
+        "fill_padded_by_batch_size": {
+            size: sum(sum(b) for b in batches) / sum(len(b) * max(b) for b in batches)
+            for size in (1, 2, 4, 8, 16, 32)
+            for batches in [fixed_batches(small, size, 1)]
+        },
+        "slots_used": {
+            arm: sum(b.numel() for b in batches) / (slots * len(batches))
+            for arm, batches in arms.items()
+        },
+        "tokens_per_second": speeds,
+        "speedup": {arm: speeds["packed"] / speeds[arm] for arm in arms if arm != "packed"},
     }
 
 
-def _packed(row: Sequence[int], slots: int) -> torch.Tensor:
-    """[1, slots] segment ids."""
-    numbers = np.repeat(np.arange(1, len(row) + 1), row)
-    return torch.from_numpy(np.pad(numbers, (0, slots - len(numbers)))[None])
+def _packed(rows: Rows, width: int) -> torch.Tensor:
+    """[rows, width] segment ids."""
+    segments = np.zeros((len(rows), width), dtype=np.int64)
+    for line, row in zip(segments, rows, strict=True):
+        line[: sum(row)] = np.repeat(np.arange(1, len(row) + 1), row)
+    return torch.from_numpy(segments)
 
 
 def _padded(batch: Sequence[int]) -> torch.Tensor:
@@ -209,7 +244,10 @@ def main() -> None:
         return
     for name, result in found.items():
         training = result["training"]
-        print(f"{name}, rows of {result['seq_len']}: {training['speedup']:.2f}x padding")
+        print(f"{name}, rows of {result['seq_len']}")
+        for arm, factor in training["speedup"].items():
+            fill, used = training["fill"][arm], training["slots_used"][arm]
+            print(f"  {factor:.2f}x {arm} (fill {fill:.3f} of {used:.3f} of the slots)")
         for packer, figures in result["packers"].items():
             if "skipped" in figures:
                 print(f"  {packer:16} {figures['skipped']}")

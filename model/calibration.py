@@ -9,7 +9,7 @@ Shapes: B rows, T tokens of a row, E experts, D decoder width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,40 +111,36 @@ def _routers_of(language_model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 class ExpertCalibrator:
-    """Trains the routers of a Qwen3-MoE decoder; everything else is frozen and stays so.
+    """What the routers of a Qwen3-MoE decoder learn by; everything else is frozen and stays so.
 
     Args:
         language_model: Qwen3-MoE causal language model.
-        lr: of Adam on the router weights.
         balance_weight: weight of the balance loss beside the token loss (our choice).
 
     Raises:
         CalibrationError: the decoder is dense.
     """
 
-    def __init__(
-        self, language_model: PreTrainedModel, lr: float, balance_weight: float = 1.0
-    ) -> None:
+    def __init__(self, language_model: PreTrainedModel, balance_weight: float = 1.0) -> None:
         self.language_model = language_model
         self.balance_weight = balance_weight
         self.parameters = _routers_of(language_model)
         language_model.requires_grad_(False)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr)
         self.top_k = int(language_model.config.num_experts_per_tok)
 
-    def step(self, input_ids: torch.Tensor, segment_ids: torch.Tensor) -> CalibrationStep:
-        """One update on packed text rows, both [B, T]."""
+    def losses(
+        self, input_ids: torch.Tensor, segment_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, CalibrationStep]:
+        """The loss to descend on packed text rows, both [B, T], and what it is made of."""
         self.language_model.train()
         token_loss, router_logits, real = self._forward(input_ids, segment_ids)
         balance = balance_loss(router_logits, self.top_k, real, 1.0, all_reduce=True)
-        (token_loss + self.balance_weight * balance).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         meter = RouterMeter(self.top_k)
         meter.add(router_logits, real)
-        return CalibrationStep(float(token_loss.detach()), float(balance.detach()), meter.health())
+        step = CalibrationStep(float(token_loss.detach()), float(balance.detach()), meter.health())
+        return token_loss + self.balance_weight * balance, step
 
     @torch.no_grad()
     def measure(self, batches: Iterable[TextBatch]) -> CalibrationMeasure:
@@ -171,16 +167,3 @@ class ExpertCalibrator:
         assert out.router_logits is not None
         token_loss = out.loss_per_token.sum() / max(1, out.loss_per_token.numel())
         return token_loss, out.router_logits, segment_ids.reshape(-1) != 0
-
-
-def calibrate_experts(
-    language_model: PreTrainedModel,
-    batches: Iterator[TextBatch],
-    *,
-    steps: int,
-    lr: float,
-    balance_weight: float = 1.0,
-) -> list[CalibrationStep]:
-    """Take `steps` batches and update the routers on each; see `ExpertCalibrator`."""
-    calibrator = ExpertCalibrator(language_model, lr, balance_weight)
-    return [calibrator.step(*next(batches)) for _ in range(steps)]

@@ -69,6 +69,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     num_samples: int = 1,
+    first_index: int = 0,
 ) -> list[list[Completion]]:
     """Answer every conversation `num_samples` times.
 
@@ -79,6 +80,7 @@ def generate(
         seed: of the sampling; used together with prompt index and sample index.
         batch_size: most rows decoded at once (one prompt's samples are never split).
         num_samples: answers per prompt; the prompt itself is run once.
+        first_index: prompt index of the first conversation, where others answer those before it.
 
     Returns:
         one list of `num_samples` completions per conversation, in order.
@@ -100,7 +102,9 @@ def generate(
             indices = order[start : start + per_batch]
             batch = [encoded[i] for i in indices]
             draws = [
-                _uniforms(seed, i, j, max_new_tokens) for i in indices for j in range(num_samples)
+                _uniforms(seed, first_index + i, j, max_new_tokens)
+                for i in indices
+                for j in range(num_samples)
             ]
             run = _Sampler(model, processor, batch, num_samples, max_new_tokens, temperature, draws)
             run.finish()

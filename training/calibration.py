@@ -15,6 +15,7 @@ from model.calibration import CalibrationMeasure, ExpertCalibrator, measure_mult
 from model.checkpoint import load_language, load_model, save_language
 from model.processor import SailVLProcessor
 from sailyard.stage import StageContext
+from training.guard import Diverged
 from training.learner import Learner
 from training.loop import TrainingLoop
 from training.packing import PackedBatch, collate_rows
@@ -40,16 +41,18 @@ def run(ctx: StageContext) -> None:
         seed=ctx.seed,
     )
     heldout = [_tensors(stream) for _ in range(NUM_MEASURED)]
-    calibrator = ExpertCalibrator(language, recipe.lr)
+    calibrator = ExpertCalibrator(language)
     # An aligned model whose decoder has not been trained since: tower and adapter speak to it.
     whole, whole_processor = load_model(ctx.input("checkpoint"))
     whole.language_model = language
     pictures = _pictures(ctx, recipe, whole_processor)
     before, before_pictures = calibrator.measure(heldout), measure_multimodal(whole, pictures)
     world = join_world()
+    optimizer = torch.optim.Adam(calibrator.parameters, lr=recipe.lr)
+    learner = Learner(language, optimizer, world, clip_norm=math.inf, dtype=recipe.dtype)
     loop = TrainingLoop(
         ctx,
-        Learner(language, calibrator.optimizer, world, clip_norm=math.inf),
+        learner,
         world,
         total_steps=recipe.steps,
         checkpoint_every=max(recipe.steps // 4, 1),
@@ -59,7 +62,12 @@ def run(ctx: StageContext) -> None:
         stream.load(resumed[0]["stream"])
 
     def one_step(step: int) -> None:
-        result = calibrator.step(*_tensors(stream))
+        with learner.precision():
+            loss, result = calibrator.losses(*_tensors(stream))
+        learner.backward(loss, last=True)
+        norm = learner.update(recipe.lr)
+        if not math.isfinite(norm):
+            raise Diverged(f"step {step}: gradient norm {norm:g} of the routers; lower lr")
         entropy = result.health.summary()["router_entropy"]
         ctx.metric(step, token_loss=result.token_loss, balance=result.balance, entropy=entropy)
         ctx.progress(step + 1, recipe.steps, f"entropy {entropy:.3f}")

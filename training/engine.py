@@ -12,7 +12,7 @@ import torch
 from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.moe import RouterMeter
 from model.processor import Encoded
-from sailyard.recipe import TrainRecipe
+from sailyard.recipe import Optimization, TrainRecipe
 from training.learner import Learner
 from training.muon import Muon
 from training.packing import collate_rows, on_device, shares_of_turns
@@ -197,7 +197,7 @@ class Engine:
 
 
 def make_learner(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainRecipe, world: World
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Optimization, world: World
 ) -> Learner:
     """Plain torch for one rank or `ddp`; DeepSpeed where ranks share state or the host keeps it."""
     if recipe.parallel == "ddp" or (world.size == 1 and not recipe.offload):

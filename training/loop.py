@@ -77,6 +77,10 @@ class TrainingLoop:
         self._went_back = True
         return self._load(latest[1])
 
+    def rewind(self, step: int) -> None:
+        """Let the step under way be followed by `step`, whose state the caller has put back."""
+        self.step, self._went_back = step, True
+
     def run(
         self,
         one_step: Callable[[int], None],

@@ -26,6 +26,7 @@ def run_basic(ctx: StageContext) -> None:
     summary = arm.run()
     kept = {**essentials(summary), "lr_last": summary.get("lr_last", recipe.lr)}
     kept["events"] = summary.pop("adalrs_events", [])
+    kept["repeated_steps"] = summary.pop("adalrs_repeated_steps", 0)
     ctx.summary(**summary, fixed=fixed, adalrs=kept)
     save_model(ctx.output("checkpoint"), arm.model, arm.processor)
 

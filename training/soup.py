@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.shards import INDEX, SHARD_BYTES, SINGLE, StoredTensor, read_headers, read_tensor
+from sailyard.recipe.stages import Soup
 from sailyard.stage import StageContext
 
 RECORD_FILE = "training.json"
@@ -29,14 +30,29 @@ class HeterogeneousSoup(ValueError):
 
 
 def run(ctx: StageContext) -> None:
-    """Stage `post_training.soup`: check, average in fp32, record every ingredient."""
-    ingredients = {name: ctx.input(name) for name in ctx.input_names}
+    """Stage `post_training.soup`: check, choose if greedy, average in fp32, record ingredients.
+
+    `ingredient_digests` names all that were offered, `weights` and `distance` those in it.
+    """
+    recipe: Soup = ctx.section("post_training.soup")
+    ingredients = {name: ctx.input(name) for name in ctx.input_names if name != "heldout"}
     check_homogeneous(ingredients)
-    weights = soup_weights(list(ingredients), ctx.section("post_training.soup").weights)
+    digests = {name: ctx.input_digest(name) for name in ingredients}
+    weights = soup_weights(list(ingredients), recipe.weights)
+    if recipe.method == "greedy":
+        # Imported only here: to average files needs no network.
+        from training.greedy import choose, token_loss, validation_samples
+
+        torch.set_num_threads(recipe.threads)
+        samples = validation_samples(ctx.input("heldout"), recipe.validation_per_skill)
+        found = choose(ingredients, weights, lambda path: token_loss(path, samples), ctx.scratch())
+        ctx.summary(greedy={**found, "num_samples": len(samples)})
+        ingredients = {name: ingredients[name] for name in found["taken"]}
+        weights = {name: weights[name] for name in found["taken"]}
     distances = average(ingredients, weights, ctx.output("checkpoint"))
     ctx.summary(
         num_ingredients=len(ingredients),
-        ingredient_digests={name: ctx.input_digest(name) for name in ingredients},
+        ingredient_digests=digests,
         weights=weights,
         distance=distances,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from training.loop import TrainingLoop
 from training.meter import Meter
 from training.packing import PackingStats, truncated
 from training.prefetch import Prefetch
-from training.schedules import AdaLRS, lr_factor
+from training.schedules import Action, AdaLRS, lr_factor
 from training.stream import PackedStream, StreamBatch, open_sources
 from training.world import join_world
 
@@ -82,6 +83,14 @@ class _Progress:
         self.samples = hashlib.sha256(seen).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """A run at one step: where it is, and this rank's share of what learns."""
+
+    scalars: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
 class SupervisedRun:
     """One pass of supervised training of a model on a mixture.
 
@@ -125,7 +134,7 @@ class SupervisedRun:
         self.total_steps = recipe.max_steps or self.stream.epoch_steps(recipe.epochs)
         self.batches = Prefetch(self.stream)
         self.adalrs = AdaLRS(total_steps=self.total_steps, **adalrs) if adalrs else None
-        self.trial: dict[str, torch.Tensor] | None = None
+        self.moments: dict[str, _Moment] = {}
         self.guard = Guard(recipe.max_bad_steps, recipe.spike_factor)
         self.meter = Meter(model, recipe, self.world)
         self.progress = _Progress()
@@ -160,7 +169,7 @@ class SupervisedRun:
             self._load(*resumed)
         started, tokens_at_start = time.monotonic(), self.progress.tokens
         try:
-            self.loop.run(self._one_step, self._state, lambda: self.trial or {})
+            self.loop.run(self._one_step, self._state, self._moment_tensors)
         finally:
             self.batches.close()
         seconds = max(time.monotonic() - started, 1e-9)
@@ -197,13 +206,13 @@ class SupervisedRun:
         self.progress.saw(batch)
         if verdict == "bad":
             self.ctx.metric(step, **{f"{self._prefix}bad_steps": self.guard.state.num_bad})
-            return
-        self.progress.losses.append(result.loss)
-        self._report(step, lr, result)
+        else:
+            self.progress.losses.append(result.loss)
+            self._report(step, lr, result)
+            if (step + 1) % self.recipe.checkpoint_every == 0:
+                self.guard.passed_checkpoint()
         if self.adalrs:
-            self._obey(self.adalrs.observe(step, result.loss))
-        if (step + 1) % self.recipe.checkpoint_every == 0:
-            self.guard.passed_checkpoint()
+            self._obey(self.adalrs.observe(step, result.loss if verdict == "good" else None))
 
     def _go_back(self, step: int, result: StepResult) -> None:
         """Weights and schedule of the last checkpoint; the stream goes on behind the bad data."""
@@ -216,10 +225,16 @@ class SupervisedRun:
         self.batches.load(stream)
         self.guard.load(guard)
         self.guard.went_back()
+        if self.adalrs:
+            self.adalrs.cancel()
+            self.moments = {}
 
     @property
     def _prefix(self) -> str:
-        return "" if self.arm == "main" else f"{self.arm}/"
+        """Before the names of metrics; second runs of a trial have series of their own."""
+        arm = "" if self.arm == "main" else f"{self.arm}/"
+        again = self.adalrs is not None and self.adalrs.state.phase == "trial"
+        return f"{arm}trial/" if again else arm
 
     def _report(self, step: int, lr: float, result: StepResult) -> None:
         values = {"loss": result.loss, "lr": lr, "grad_norm": result.grad_norm}
@@ -235,36 +250,77 @@ class SupervisedRun:
         note = f"{self._prefix}loss {result.loss:.3f} lr {lr:.1e}"
         self.ctx.progress(step + 1, self.total_steps, note)
 
-    def _obey(self, action: str) -> None:
-        if action == "snapshot":
-            self.trial = self.engine.learner.tensors(frozen=False)
-        elif action in ("rollback", "discard"):
-            assert self.trial is not None
-            if action == "rollback":
-                self.engine.learner.load(self.trial)
-            self.trial = None
+    def _obey(self, action: Action) -> None:
+        """What AdaLRS wants done with the run after a step."""
+        if action == "mark":
+            self.moments = {"mark": self._moment()}
+        elif action == "try":
+            self.moments["end"] = self._moment()
+            self._return_to("mark")
+            self.loop.rewind(self.moments["mark"].scalars["next_step"])
+        elif action in ("keep", "undo"):
+            if action == "undo":
+                self._return_to("end")
+            self.moments = {}
 
-    def _state(self) -> dict[str, Any]:
+    def _moment(self) -> _Moment:
+        """The run as it is after the step under way."""
+        scalars = {"next_step": self.loop.step + 1, **self._place()}
+        return _Moment(copy.deepcopy(scalars), self.engine.learner.tensors(frozen=False))
+
+    def _return_to(self, name: str) -> None:
+        moment = self.moments[name]
+        self.engine.learner.load(moment.tensors)
+        self._load_place(moment.scalars)
+
+    def _moment_tensors(self) -> dict[str, torch.Tensor]:
         return {
-            "arm": self.arm,
+            f"{name}/{key}": value
+            for name, moment in self.moments.items()
+            for key, value in moment.tensors.items()
+        }
+
+    def _place(self) -> dict[str, Any]:
+        """Where a run is in its data, and what it saw on the way."""
+        return {
             "losses": self.progress.losses,
             "tokens": self.progress.tokens,
             "samples": self.progress.samples,
             "stream": self.batches.state(),
-            "adalrs": self.adalrs.dump() if self.adalrs else None,
             "guard": self.guard.dump(),
+        }
+
+    def _load_place(self, place: Mapping[str, Any]) -> None:
+        self.progress = _Progress(list(place["losses"]), place["tokens"], place["samples"])
+        self.batches.load(place["stream"])
+        self.guard.load(place["guard"])
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            **self._place(),
+            "arm": self.arm,
+            "adalrs": self.adalrs.dump() if self.adalrs else None,
+            "moments": {name: moment.scalars for name, moment in self.moments.items()},
             "digests_before": self.digests_before,
             "carry": self.carry,
         }
 
-    def _load(self, scalars: Mapping[str, Any], trial: dict[str, torch.Tensor]) -> None:
-        self.progress = _Progress(list(scalars["losses"]), scalars["tokens"], scalars["samples"])
+    def _load(self, scalars: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        self._load_place(scalars)
         self.digests_before = scalars["digests_before"]
-        self.batches.load(scalars["stream"])
-        self.guard.load(scalars["guard"])
         if self.adalrs:
             self.adalrs.load(scalars["adalrs"])
-            self.trial = trial if self.adalrs.state.trial else None
+            self.moments = {
+                name: _Moment(
+                    place,
+                    {
+                        key.removeprefix(f"{name}/"): value
+                        for key, value in tensors.items()
+                        if key.startswith(f"{name}/")
+                    },
+                )
+                for name, place in scalars["moments"].items()
+            }
 
     def _summary(self, tokens_per_second: float) -> dict[str, Any]:
         after = part_digests(self.model)
@@ -298,6 +354,7 @@ class SupervisedRun:
         }
         if self.adalrs:
             summary["adalrs_events"] = self.adalrs.state.events
+            summary["adalrs_repeated_steps"] = self.adalrs.state.num_repeated
             summary["lr_last"] = self.recipe.lr * self.adalrs.state.scale
         return summary
 

@@ -99,7 +99,8 @@ def pretrain_tower(
     Resumes from the stage's newest checkpoint.
     """
     data = TaggedImages(reference, processor.image_size)
-    tagger = Tagger(vision, len(data.vocabulary), processor.downsample).train()
+    world = join_world()
+    tagger = Tagger(vision, len(data.vocabulary), processor.downsample).train().to(world.device)
     optimizer = torch.optim.AdamW(
         tagger.parameters(),
         lr=recipe.lr,
@@ -107,7 +108,6 @@ def pretrain_tower(
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    world = join_world()
     learner = Learner(tagger, optimizer, world, clip_norm=recipe.clip_norm)
     loop = TrainingLoop(
         ctx,
@@ -140,16 +140,18 @@ def pretrain_tower(
 
 def _step(learner: Learner, data: TaggedImages, recipe: TowerRecipe, step: int, seed: int) -> float:
     rng = np.random.default_rng([seed, step])  # stateless: a resumed run draws the same
-    pixels, targets = data.batch(rng.integers(0, data.num_train, recipe.batch_size))
+    rows = rng.integers(0, data.num_train, recipe.batch_size)
+    pixels, targets = data.batch(rows[learner.world.share(len(rows))])
+    device = learner.world.device
     factor = lr_factor(step, recipe.steps, schedule="cosine", warmup_ratio=0.05, min_lr_ratio=0.05)
     losses = (
-        F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-        for logits in learner.model(pixels)
+        F.binary_cross_entropy_with_logits(logits, targets.to(device), reduction="sum")
+        for logits in learner.forward(True, pixel_values=pixels.to(device))
     )
     loss = torch.stack(list(losses)).sum() / recipe.batch_size
     learner.backward(loss, last=True)
     learner.update(recipe.lr * factor)
-    return float(loss.detach())
+    return learner.world.sum([float(loss.detach())])[0]
 
 
 @torch.inference_mode()
@@ -159,7 +161,7 @@ def _heldout_recall(tagger: Tagger, data: TaggedImages) -> dict[str, float]:
     hits: dict[str, list[int]] = {}
     for start in range(0, len(rows), 128):
         pixels, targets = data.batch(rows[start : start + 128])
-        found = (tagger(pixels)[0] > 0) & (targets > 0)
+        found = (tagger(pixels.to(tagger.head.weight.device))[0].cpu() > 0) & (targets > 0)
         for column, tag in enumerate(data.vocabulary):
             place = tag.split(":")[0]
             entry = hits.setdefault("cell" if place.isdigit() else place, [0, 0])

@@ -49,6 +49,12 @@ class World:
             )
         return items[self.rank.number * share : (self.rank.number + 1) * share]
 
+    def share(self, count: int) -> slice:
+        """This rank's part of `count` things in the order of ranks, as even as they divide."""
+        return slice(
+            count * self.rank.number // self.size, count * (self.rank.number + 1) // self.size
+        )
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value summed over ranks, in float64."""
         if self.size == 1:

@@ -28,7 +28,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from sailyard.recipe import TrainRecipe
+from sailyard.recipe import Optimization
 from training.learner import STEP, Learner, checked, copied, exchanged
 from training.world import World
 
@@ -50,7 +50,7 @@ class ZeroLearner(Learner):
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        recipe: TrainRecipe,
+        recipe: Optimization,
         world: World,
     ) -> None:
         if type(optimizer) is not torch.optim.AdamW:
@@ -78,7 +78,7 @@ class ZeroLearner(Learner):
         self.optimizer = self._sharded.optimizer
         self._make_states()
 
-    def _config(self, recipe: TrainRecipe) -> dict[str, Any]:
+    def _config(self, recipe: Optimization) -> dict[str, Any]:
         zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": self.world.device.type != "cpu",

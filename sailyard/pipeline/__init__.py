@@ -58,6 +58,7 @@ def build_pipeline(recipe: Recipe) -> Pipeline:
             *training.alignment_stages(train_gpus),
             *training.pretraining_stages(train_gpus, moe),
             *training.base_sft_stages(train_gpus),
+            *training.soup_stages(infer_gpus, recipe.post_training.soup.method == "greedy"),
             *training.thinking_stages(train_gpus, infer_gpus),
             *release.evaluation_stages(infer_gpus),
             *release.deployment_stages(infer_gpus),

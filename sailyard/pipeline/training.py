@@ -60,8 +60,7 @@ def _training_stage(
         doc=doc,
         needs_torch=True,
         resumable=True,
-        # Rollouts are sampled by one process so far.
-        distributed=not entry.startswith("training.rl"),
+        distributed=True,
         gpus=gpus,
     )
 
@@ -204,18 +203,26 @@ def base_sft_stages(gpus: int) -> list[Stage]:
             video | instruction,
             "The fourth injection in another order: the soup's second ingredient.",
         ),
+    ]
+
+
+def soup_stages(inference: int, greedy: bool) -> list[Stage]:
+    heldout = {"heldout": "curation.heldout/heldout"} if greedy else {}
+    return [
         Stage(
             "post_training.soup",
             "training.soup:run",
-            1,
+            2,
             inputs={
                 "a": "post_training.base_sft_4/checkpoint",
                 "b": "post_training.base_sft_4_sibling/checkpoint",
+                **heldout,
             },
             outputs=("checkpoint",),
             sections=("post_training.soup", "model"),
-            doc="Uniform average of homogeneous checkpoints.",
+            doc="Average of homogeneous checkpoints: of all, or greedily of those that help.",
             needs_torch=True,
+            gpus=inference if greedy else 0,
         ),
     ]
 

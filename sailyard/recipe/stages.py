@@ -84,6 +84,18 @@ class Pretraining(Section):
 class Soup(Section):
     """Average of homogeneous checkpoints (paper section 4.2.1)."""
 
+    method: Literal["average", "greedy"] = "average"
+    """average takes every ingredient; greedy takes them in the order of their loss on held-out
+    samples, each only if the average's loss does not rise (arXiv:2203.05482). Paper section 4.2.1
+    implies the plain mean."""
+
+    validation_per_skill: int = Field(50, ge=1)
+    """Held-out samples of each skill that a greedy soup goes by, the last of the set, where the
+    evaluation suite takes the first. Our choice."""
+
+    threads: int = Field(8, ge=1, le=256)
+    """CPU threads of a greedy soup's measurements. Our choice."""
+
     weights: dict[str, float] = Field({})
     """Relative weight of each ingredient (the stage's inputs, a and b); none for the plain mean.
     Summed in float32. Paper section 4.2.1 implies the plain mean."""

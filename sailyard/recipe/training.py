@@ -44,6 +44,23 @@ class Optimization(Section):
     time, several times less memory. The paper is silent; our choice: on, as 2B and 8B at 8,192
     tokens need it on 80 GB (sailyard plan)."""
 
+    parallel: Literal["ddp", "zero1", "zero2", "zero3"] = "zero2"
+    """What several ranks share: nothing (ddp), optimizer state (zero1), gradients too (zero2),
+    weights too (zero3). One rank without offload is plain torch whatever this says. Changes memory
+    and speed, not the result. Paper section 3.5 names ZeRO-2 for the mixture of experts."""
+
+    offload: bool = False
+    """Keep optimizer state in the host's memory. Paper section 3.5, for the mixture of experts."""
+
+    max_bad_steps: int = Field(3, ge=1)
+    """Steps in a row whose loss or gradient is no number, or a spike, before the run goes back to
+    its last checkpoint; when that happens again right after, it stops and names the samples. Our
+    choice."""
+
+    step_timeout_s: float = Field(3600, gt=0)
+    """A step that takes longer prints where every thread of every rank stands and ends the stage,
+    seconds. Our choice."""
+
     @model_validator(mode="after")
     def _check_optimization(self) -> Self:
         if not self.trainable:
@@ -54,6 +71,10 @@ class Optimization(Section):
             raise ValueError(f"trainable names a part twice: {self.trainable}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        if self.offload and self.parallel == "ddp":
+            raise ValueError(
+                "offload needs parallel zero1, zero2 or zero3: ddp keeps all on the GPU"
+            )
         return self
 
 
@@ -63,14 +84,6 @@ class TrainRecipe(Optimization):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw for all; muon for the hidden matrices of adapter and language model with adamw for the
     rest, at the same learning rate. The paper is silent; our choice."""
-
-    parallel: Literal["ddp", "zero1", "zero2", "zero3"] = "zero2"
-    """What several ranks share: nothing (ddp), optimizer state (zero1), gradients too (zero2),
-    weights too (zero3). One rank without offload is plain torch whatever this says. Changes memory
-    and speed, not the result. Paper section 3.5 names ZeRO-2 for the mixture of experts."""
-
-    offload: bool = False
-    """Keep optimizer state in the host's memory. Paper section 3.5, for the mixture of experts."""
 
     part_lr: dict[Part, float] = Field({})
     """Peak learning rate of single parts instead of lr. The paper is silent; our choice: none."""
@@ -129,25 +142,12 @@ class TrainRecipe(Optimization):
     the cut would go through an image or leave nothing to learn (truncate). Either is counted and
     named in the stage's summary. The paper only says that packing truncates less; our choice."""
 
-    max_bad_steps: int = Field(3, ge=1)
-    """Steps in a row whose loss or gradient is no number, or a spike, before the run goes back to
-    its last checkpoint; when that happens again right after, it stops and names the samples. Our
-    choice."""
-
     spike_factor: float | None = Field(None, gt=1)
     """A loss this many times the median of the last 64 steps counts as a bad step. Our choice:
     null, only what is no number does."""
 
-    step_timeout_s: float = Field(3600, gt=0)
-    """A step that takes longer prints where every thread of every rank stands and ends the stage,
-    seconds. Our choice."""
-
     @model_validator(mode="after")
     def _check_train(self) -> Self:
-        if self.offload and self.parallel == "ddp":
-            raise ValueError(
-                "offload needs parallel zero1, zero2 or zero3: ddp keeps all on the GPU"
-            )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size "
@@ -207,8 +207,9 @@ class AdaLRS(Section):
     window: int = Field(100, ge=3)
     """Steps over which the descent speed is fitted. Not found in any source; our choice."""
 
-    epsilon: float = Field(1e-6, ge=0)
-    """Half the margin by which speeds must differ, loss per step. Not found; our choice."""
+    epsilon: float = Field(1.0, ge=0)
+    """Half the margin by which speeds must differ, in standard errors of their difference, so that
+    it follows the noise of the loss. AdaLRS gives no number; our choice."""
 
     start: float = Field(0.10, ge=0, lt=1)
     """Share of training after which the search begins. AdaLRS section 4."""
@@ -303,6 +304,11 @@ class RLRecipe(Optimization):
 
     @model_validator(mode="after")
     def _check_rl(self) -> Self:
+        if self.parallel == "zero3":
+            raise ValueError(
+                "parallel is zero3, under which no rank holds the weights that rollouts are "
+                "sampled with: set zero2, zero1 or ddp"
+            )
         if self.clip_low > self.clip_high:
             raise ValueError(
                 f"clip_low {self.clip_low} exceeds clip_high {self.clip_high}; the paper's are "

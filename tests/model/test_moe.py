@@ -226,11 +226,18 @@ def test_calibration_raises_entropy_and_moves_routers_alone():
         segments = (torch.arange(32) // 12 + 1).repeat(2, 1)
         segments[:, 30:] = 0
         batches.append((ids, segments))
-    calibrator = ExpertCalibrator(decoder, lr=0.01)
+    calibrator = ExpertCalibrator(decoder)
+    optimizer = torch.optim.Adam(calibrator.parameters, lr=0.01)
     names = {id(p): n for n, p in decoder.named_parameters()}
     frozen = {n: p.clone() for n, p in decoder.named_parameters() if "mlp.gate." not in n}
     before, pictures_before = calibrator.measure(batches), measure_multimodal(model, [pictures()])
-    steps = [calibrator.step(*batch) for _ in range(4) for batch in batches]
+    steps = []
+    for batch in batches * 4:
+        loss, step = calibrator.losses(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(step)
     after = calibrator.measure(batches)
     assert after.health.summary()["router_entropy"] > (
         1.2 * before.health.summary()["router_entropy"]
@@ -251,4 +258,4 @@ def test_calibration_raises_entropy_and_moves_routers_alone():
 
 def test_a_dense_model_cannot_be_calibrated():
     with pytest.raises(CalibrationError, match="no routers"):
-        ExpertCalibrator(network().language_model, lr=0.1)
+        ExpertCalibrator(network().language_model)

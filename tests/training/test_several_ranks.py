@@ -171,6 +171,56 @@ def test_experts_are_counted_once_when_activations_are_computed_again(
     assert again == pytest.approx(kept, abs=1e-6)
 
 
+def run_stage(
+    stage: str, folder: Path, paths: dict[str, Path], ranks: int, changes: list[str]
+) -> dict[str, Any]:
+    """The summary of another stage than `STAGE`."""
+    module = ["-m", "tests.training.run_entry"]
+    if ranks > 1:
+        module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *module]
+    named = json.dumps({name: str(path) for name, path in paths.items()})
+    subprocess.run([sys.executable, *module, stage, str(folder), named, *changes], check=True)
+    return summary(folder)
+
+
+@pytest.mark.slow
+def test_adalrs_decides_the_same_under_zero(materials: dict[str, Path], tmp_path: Path) -> None:
+    stage = "pretraining.basic"
+    settings = {**SETTINGS, "max_steps": 16, "batch_size": 2, "lr": "1e-4", "schedule": "constant"}
+    search = {"adalrs.window": 3, "adalrs.start": 0.1, "adalrs.end": 0.9}
+    changes = [f"{stage}.{key}={value}" for key, value in {**settings, **search}.items()]
+    paths = {
+        "checkpoint": materials["model"],
+        "language": materials["language"],
+        "mix": materials["pictures"],
+    }
+    one, two = (run_stage(stage, tmp_path / str(n), paths, n, changes) for n in (1, 2))
+    kinds = [event["what"] for event in one["adalrs"]["events"]]
+    assert "kept" in kinds
+    assert kinds == [event["what"] for event in two["adalrs"]["events"]]
+    assert one["adalrs"]["repeated_steps"] == two["adalrs"]["repeated_steps"] > 0
+    assert one["sample_order"] == two["sample_order"]
+    assert two["loss_last"] == pytest.approx(one["loss_last"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_bootstrap_tower_learns_the_same_on_two_ranks(
+    materials: dict[str, Path], tmp_path: Path
+) -> None:
+    sections = ("bootstrap.adapter", "bootstrap.vision")
+    settings = {**SETTINGS, "max_steps": 2, "batch_size": 2}
+    changes = [f"{section}.{k}={v}" for section in sections for k, v in settings.items()]
+    changes += ["bootstrap.tower.steps=4", "bootstrap.tower.checkpoint_every=2"]
+    paths = {
+        "language": materials["language"],
+        "reference": materials["pictures"],
+        "text": materials["text"],
+    }
+    one, two = (run_stage("bootstrap.vision", tmp_path / str(n), paths, n, changes) for n in (1, 2))
+    for arm in ("tower", "adapter"):
+        assert two[arm]["loss_last"] == pytest.approx(one[arm]["loss_last"], abs=1e-4), arm
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(
     first: int, then: int, alone: Path, materials: dict[str, Path], tmp_path: Path

@@ -9,18 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from model.checkpoint import load_model, save_model
-from model.shards import read_headers
+from model.shards import read_headers, read_tensor
+from sailyard.recipe import load_recipe
+from sailyard.stage import StageContext
 from tests.model import tiny
+from tests.training.materials import make_materials
+from training.greedy import choose, token_loss, validation_samples
 from training.soup import (
     HeterogeneousSoup,
     average,
     check_homogeneous,
+    run,
     soup_weights,
     write_record,
 )
+from training.supervised import encoder
 
 RECORD = {"parent": "p", "recipe": {"lr": 1e-5, "betas": [0.9, 0.95]}, "data": {"mix": "m"}}
 
@@ -125,3 +131,62 @@ def test_memory_is_bounded_by_a_file_not_by_the_checkpoint(tmp_path) -> None:
     )
     # One file, its copy while it is written, and a few tensors; a network would be 256.
     assert float(child.stdout) < 130, child.stdout
+
+
+def test_greedy_takes_the_best_first_and_refuses_what_makes_it_worse(tmp_path) -> None:
+    """Losses are distances of a weight from its best value: known for every average."""
+    parts = {}
+    for name, value in (("off", 3.0), ("best", 0.5), ("other side", -1.0)):
+        parts[name] = tmp_path / name
+        parts[name].mkdir()
+        save_file({"w": torch.full((2,), value)}, parts[name] / "model.safetensors")
+
+    def loss(path: Path) -> float:
+        headers = read_headers(path)
+        return abs(float(read_tensor(headers, "w")[0]))
+
+    found = choose(parts, dict.fromkeys(parts, 1.0), loss, tmp_path)
+    assert found["taken"] == ["best", "other side"]
+    assert found["refused"] == ["off"]
+    assert found["ingredient_loss"] == {"off": 3.0, "best": 0.5, "other side": 1.0}
+    assert [t["ingredients"] for t in found["tried"]] == [
+        ["best", "other side"],
+        ["best", "other side", "off"],
+    ]
+    assert found["loss"] == pytest.approx(0.25)
+    assert not (tmp_path / "greedy").exists()
+
+
+@pytest.mark.slow
+def test_the_stage_makes_a_greedy_soup_and_says_what_it_refused(tmp_path: Path) -> None:
+    materials = make_materials(tmp_path / "materials", "micro")
+    model, processor = load_model(materials["model"])
+    folders = {}
+    for name, noise in (("a", 0.0), ("b", 3.0)):  # b is ruined, and so is any average with it
+        folders[name] = tmp_path / name
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.language_model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
+        save_model(folders[name], model, processor)
+        write_record(folders[name], RECORD)
+    change = ["method=greedy", "validation_per_skill=2", "threads=1"]
+    recipe = load_recipe("micro", [f"post_training.soup.{setting}" for setting in change])
+    inputs = {**folders, "heldout": materials["pictures"]}
+    ctx = StageContext.local_context(tmp_path / "run", recipe, "post_training.soup", inputs)
+    run(ctx)
+    greedy = ctx.summary_values["greedy"]
+    assert greedy["taken"] == ["a"]
+    assert greedy["refused"] == ["b"]
+    assert set(ctx.summary_values["ingredient_digests"]) == {"a", "b"}
+    assert set(ctx.summary_values["weights"]) == {"a"}
+    # The packed rows give the loss that the samples give one by one.
+    samples = validation_samples(materials["pictures"], 2)
+    alone = [(token_loss(folders["a"], [s]), s) for s in samples]
+    encode = encoder(processor)
+    labels = [int(encode(s).loss_mask[1:].sum()) for s in samples]
+    mean = sum(loss * n for (loss, _), n in zip(alone, labels, strict=True)) / sum(labels)
+    assert greedy["loss"] == pytest.approx(mean, rel=1e-5)
+    soup = load_file(ctx.output("checkpoint") / "model.safetensors")
+    for name, tensor in load_file(folders["a"] / "model.safetensors").items():
+        assert torch.equal(soup[name], tensor), name

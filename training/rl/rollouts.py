@@ -87,9 +87,9 @@ class PromptSet:
     def num_heldout(self) -> int:
         return len(self._heldout)
 
-    def heldout(self) -> list[Prompt]:
-        """The prompts no update ever sees."""
-        return [to_prompt(self._reader[int(i)]) for i in self._heldout]
+    def heldout(self, part: slice = slice(None)) -> list[Prompt]:
+        """The prompts no update ever sees, or a part of them."""
+        return [to_prompt(self._reader[int(i)]) for i in self._heldout[part]]
 
     def draw(self, position: int, count: int) -> list[Prompt]:
         """`count` training prompts from `position` on in an endless series of shuffled epochs."""
@@ -145,8 +145,12 @@ def sample_replies(
     prompts: Sequence[Prompt],
     settings: SamplingSettings,
     seed: int,
+    first_index: int = 0,
 ) -> list[list[Completion]]:
-    """`rollouts_per_prompt` replies to each prompt from the policy as it is."""
+    """`rollouts_per_prompt` replies to each prompt from the policy as it is.
+
+    A reply depends on the seed and the number of its prompt alone, which counts from `first_index`.
+    """
     return generate(
         model,
         processor,
@@ -155,6 +159,7 @@ def sample_replies(
         temperature=settings.temperature,
         seed=seed,
         num_samples=settings.rollouts_per_prompt,
+        first_index=first_index,
     )
 
 

@@ -2,6 +2,10 @@
 
 A step is a pure function of the weights, the optimizer state and a few counters; all of them
 are in a checkpoint, so a killed stage resumes to the same final weights.
+
+Several ranks share a step's prompts, and each samples, scores and learns from its own; what they
+know of each other is the size of a mini-batch, the gradient and the figures that are reported. A
+reply depends on the number of its prompt and not on its rank, so the run is that of one rank.
 """
 
 from __future__ import annotations
@@ -17,15 +21,17 @@ import numpy as np
 import torch
 
 from model.checkpoint import load_model, save_model
-from model.modeling import part_digests
+from model.modeling import SailVLForConditionalGeneration, part_digests
 from sailyard.recipe import RLRecipe
-from sailyard.stage import StageContext
+from sailyard.stage import RankDone, StageContext
+from training.engine import StepResult
+from training.guard import Diverged, Guard, within_memory
 from training.loop import TrainingLoop
 from training.rl.api_judge import ApiJudge
 from training.rl.judges import RoutingJudge
 from training.rl.losses import group_advantages
 from training.rl.policy import Policy, Response, UpdateStats, encode_response
-from training.rl.rewards import Judge, RewardScheme
+from training.rl.rewards import Judge, Prompt, RewardScheme
 from training.rl.rollouts import (
     PromptSet,
     Rollout,
@@ -76,7 +82,7 @@ def _run(ctx: StageContext) -> None:
 class RunState:
     """What a run remembers besides weights and optimizer; JSON-able.
 
-    position: prompts drawn so far. history: the metrics of every step.
+    position: prompts drawn so far. history: the metrics of every good step.
     """
 
     step: int = 0
@@ -84,6 +90,7 @@ class RunState:
     history: list[dict[str, float]] = field(default_factory=list)
     heldout_before: dict[str, float] = field(default_factory=dict)
     digests_before: dict[str, str] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def _api_judge(recipe: RLRecipe) -> Judge | None:
@@ -108,6 +115,7 @@ class ReinforcementRun:
         torch.set_num_threads(recipe.threads)
         self.ctx, self.recipe = ctx, recipe
         model, self.processor = load_model(ctx.input("checkpoint"))
+        digests = part_digests(model)
         self.policy = Policy(model, recipe)
         self.scheme = RewardScheme(
             recipe.answer_weight, recipe.think_weight, recipe.format_weight, recipe.cascade
@@ -121,101 +129,155 @@ class ReinforcementRun:
             recipe.temperature,
             recipe.overlong_buffer,
         )
-        self.state = RunState(digests_before=part_digests(model))
+        self.state = RunState(digests_before=digests)
+        self.guard = Guard(recipe.max_bad_steps, None)
+        self.world = self.policy.world
         self.loop = TrainingLoop(
             ctx,
             self.policy.learner,
-            self.policy.learner.world,
+            self.world,
             total_steps=recipe.steps,
             checkpoint_every=recipe.checkpoint_every,
+            timeout_s=recipe.step_timeout_s,
         )
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, from the newest checkpoint if there is one; the summary.
 
-        Raises StopRequested after saving when the stage was asked to stop.
+        Raises StopRequested after saving when the stage was asked to stop, RankDone on every rank
+        but 0.
         """
         resumed = self.loop.resume()
         if resumed is not None:
-            self.state = RunState(**resumed[0])
+            self._load(resumed[0])
         if not self.state.heldout_before:
             self.state.heldout_before = self._measure_heldout("before")
         started, first = time.monotonic(), self.state.step
-        self.loop.run(self._one_step, lambda: asdict(self.state))
+        self.loop.run(self._one_step, self._state)
         seconds = (time.monotonic() - started) / max(self.recipe.steps - first, 1)
-        return self._summary(self._measure_heldout("after"), seconds)
+        after = self._measure_heldout("after")
+        whole = self.policy.learner.whole()
+        assert isinstance(whole, SailVLForConditionalGeneration)
+        self.policy.model = whole
+        if self.world.rank.number:
+            raise RankDone
+        return self._summary(after, seconds)
 
     def _one_step(self, _step: int) -> None:
         state = self.state
         groups, responses = self._collect()
-        stats = self.policy.improve(
-            responses,
-            self.recipe.lr * self._warmup(),
-            np.random.default_rng(derive_seed(self.ctx.seed, state.step, "mini-batches")),
+        ids = [rollout.prompt.id for group in groups for rollout in group[:1]]
+        stats = within_memory(
+            lambda: self.policy.improve(
+                list(responses.values()),
+                self.recipe.lr * self._warmup(),
+                np.random.default_rng(derive_seed(self.ctx.seed, state.step, "mini-batches")),
+                list(responses),
+            ),
+            lambda: (
+                f"the updates of step {state.step} do not fit into memory; its prompts are {ids}"
+            ),
         )
         metrics = {
-            **_reward_metrics(groups, self.scheme),
-            **_update_metrics(groups, responses, stats),
+            **self._reward_metrics(groups),
+            **self._update_metrics(groups, len(responses), stats),
         }
-        state.step += 1
-        state.history.append(metrics)
-        self.ctx.metric(state.step - 1, **metrics)
-        note = f"reward {metrics['reward']:.3f} accuracy {metrics['accuracy']:.2f}"
-        self.ctx.progress(state.step, self.recipe.steps, note)
+        if self._go_on(ids, stats):
+            state.step += 1
+            if stats.finite:
+                state.history.append(metrics)
+            self.ctx.metric(state.step - 1, **metrics)
+            note = f"reward {metrics['reward']:.3f} accuracy {metrics['accuracy']:.2f}"
+            self.ctx.progress(state.step, self.recipe.steps, note)
 
-    def _collect(self) -> tuple[list[list[Rollout]], list[list[Response]]]:
-        """All groups sampled in this step, and those to learn from."""
+    def _go_on(self, ids: Sequence[str], stats: UpdateStats) -> bool:
+        """Whether a step stands; else the run is at its last checkpoint, with new prompts ahead."""
+        step, position = self.state.step, self.state.position
+        result = StepResult(
+            loss=stats.losses[-1] if stats.losses else 0.0,
+            grad_norm=stats.grad_norms[-1] if stats.grad_norms else 0.0,
+            aux_loss=0.0,
+            source_loss={},
+            part_norms={},
+            num_labels=stats.num_tokens,
+            router={},
+        )
+        if self.guard.judge(step, result, ids) != "roll back":
+            if stats.finite and (step + 1) % self.recipe.checkpoint_every == 0:
+                self.guard.passed_checkpoint()
+            return True
+        guard, complaint = self.guard.dump(), self.guard.complaint(step, result)
+        saved = self.loop.roll_back()
+        if saved is None:
+            raise Diverged(f"{complaint}; there is no checkpoint yet to go back to")
+        self._load(saved[0])
+        self.state.position = position
+        self.guard.load(guard)
+        self.guard.went_back()
+        return False
+
+    def _state(self) -> dict[str, Any]:
+        self.state.guard = self.guard.dump()
+        return asdict(self.state)
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        self.state = RunState(**saved)
+        self.guard.load(self.state.guard)
+
+    def _collect(self) -> tuple[list[list[Rollout]], dict[tuple[int, int], list[Response]]]:
+        """This rank's groups sampled in this step, and those to learn from, by round and prompt."""
         groups: list[list[Rollout]] = []
-        responses: list[list[Response]] = []
-        rounds = MAX_SAMPLING_ROUNDS if self.recipe.dynamic_sampling else 1
-        for number in range(rounds):
-            wanted = self.recipe.prompts_per_step - len(responses)
+        responses: dict[tuple[int, int], list[Response]] = {}
+        wanted = self.recipe.prompts_per_step
+        for number in range(MAX_SAMPLING_ROUNDS if self.recipe.dynamic_sampling else 1):
             if wanted == 0:
                 break
-            prompts = self.prompts.draw(self.state.position, wanted)
+            mine = self.world.share(wanted)
+            prompts = self.prompts.draw(self.state.position + mine.start, mine.stop - mine.start)
             self.state.position += wanted
             seed = derive_seed(self.ctx.seed, self.state.step, number, "rollouts")
-            with self.policy.learner.precision():
-                replies = sample_replies(
-                    self.policy.model, self.processor, prompts, self.sampling, seed
-                )
-            sampled = score_replies(prompts, replies, self.sampling, self.scheme, self.judge)
+            sampled = self._sample(prompts, seed, mine.start)
             groups += sampled
-            responses += self._to_responses(sampled)
+            kept = self._to_responses(sampled)
+            responses |= {(number, mine.start + place): group for place, group in kept.items()}
+            wanted -= int(self.world.sum([len(kept)])[0])
         return groups, responses
 
-    def _to_responses(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Response]]:
+    def _sample(self, prompts: Sequence[Prompt], seed: int, first: int) -> list[list[Rollout]]:
+        """Scored replies to prompts that count from `first`."""
+        with self.policy.learner.precision():
+            replies = sample_replies(
+                self.policy.model, self.processor, prompts, self.sampling, seed, first
+            )
+        return score_replies(prompts, replies, self.sampling, self.scheme, self.judge)
+
+    def _to_responses(self, groups: Sequence[Sequence[Rollout]]) -> dict[int, list[Response]]:
+        """The groups to learn from, by their place among `groups`."""
+        if not groups:
+            return {}
         rewards_GK = torch.tensor([[rollout.reward for rollout in group] for group in groups])
         result = group_advantages(rewards_GK, self.recipe.dynamic_sampling)
-        return [
-            [
+        return {
+            place: [
                 encode_response(
                     self.processor, rollout.prompt, rollout.completion, float(advantage)
                 )
                 for rollout, advantage in zip(group, advantages_K, strict=True)
             ]
-            for group, advantages_K, keep in zip(
-                groups, result.advantages_GK, result.keep_G, strict=True
+            for place, (group, advantages_K, keep) in enumerate(
+                zip(groups, result.advantages_GK, result.keep_G, strict=True)
             )
             if keep
-        ]
+        }
 
     def _warmup(self) -> float:
         return min(1.0, (self.state.step + 1) / math.ceil(WARMUP_SHARE * self.recipe.steps))
 
     def _measure_heldout(self, when: str) -> dict[str, float]:
         """Means over the held-out prompts, sampled as in training and with the same seed."""
-        prompts = self.prompts.heldout()
-        with self.policy.learner.precision():
-            replies = sample_replies(
-                self.policy.model,
-                self.processor,
-                prompts,
-                self.sampling,
-                derive_seed(self.ctx.seed, "heldout rollouts"),
-            )
-        groups = score_replies(prompts, replies, self.sampling, self.scheme, self.judge)
-        figures = _reward_metrics(groups, self.scheme)
+        mine = self.world.share(self.prompts.num_heldout)
+        seed = derive_seed(self.ctx.seed, "heldout rollouts")
+        figures = self._reward_metrics(self._sample(self.prompts.heldout(mine), seed, mine.start))
         self.ctx.progress(
             self.state.step, self.recipe.steps, f"held-out {when}: reward {figures['reward']:.3f}"
         )
@@ -233,6 +295,9 @@ class ReinforcementRun:
         return {
             "algorithm": self.policy.algorithm,
             "steps": len(history),
+            "ranks": self.world.size,
+            "bad_steps": self.guard.state.num_bad,
+            "roll_backs": self.guard.state.num_roll_backs,
             "seconds_per_step": seconds,
             "num_prompts": self.prompts.num_training,
             "num_heldout_prompts": self.prompts.num_heldout,
@@ -248,46 +313,46 @@ class ReinforcementRun:
             "part_digests_after": after,
         }
 
+    def _reward_metrics(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+        """Means over all ranks' rollouts: reward, accuracy, format_rate; response_length in tokens;
+        truncated, the share cut off by the token budget; think_score, over the prompts that ask for
+        thought, where the reward looks at it."""
+        rollouts = [rollout for group in groups for rollout in group]
+        columns: dict[str, list[float]] = {
+            "reward": [r.reward for r in rollouts],
+            "accuracy": [r.terms.answer for r in rollouts],
+            "format_rate": [r.terms.format for r in rollouts],
+            "response_length": [len(r.completion.token_ids) for r in rollouts],
+            "truncated": [float(not r.completion.finished) for r in rollouts],
+        }
+        if self.scheme.uses_thinking:
+            columns["think_score"] = [r.terms.verdict.mean for r in rollouts if r.prompt.think]
+        parts = self.world.gather(columns)
+        whole = {name: [value for part in parts for value in part[name]] for name in columns}
+        return {name: float(np.mean(values)) for name, values in whole.items() if values}
+
+    def _update_metrics(
+        self, groups: Sequence[Sequence[Rollout]], num_kept: int, stats: UpdateStats
+    ) -> dict[str, float]:
+        """Entropy in nats per token, groups sampled and kept, and what the updates measured.
+
+        Entropy is the Monte Carlo estimate -mean log p of the sampled tokens: unbiased, and free.
+        """
+        logprobs = [p for group in groups for r in group for p in r.completion.logprobs]
+        total, count, sampled, kept = self.world.sum(
+            [float(np.sum(logprobs)), len(logprobs), len(groups), num_kept]
+        )
+        return {
+            "entropy": -total / count,
+            "sampled_groups": sampled,
+            "kept_groups": kept,
+            "updates": float(stats.num_updates),
+            **stats.metrics(),
+        }
+
 
 def _edges(history: Sequence[Mapping[str, float]], name: str, edge: int) -> dict[str, float]:
     return {
         f"{name}_first": float(np.mean([step[name] for step in history[:edge]])),
         f"{name}_last": float(np.mean([step[name] for step in history[-edge:]])),
-    }
-
-
-def _reward_metrics(groups: Sequence[Sequence[Rollout]], scheme: RewardScheme) -> dict[str, float]:
-    """Means over all rollouts: reward, accuracy, format_rate; response_length in tokens;
-    truncated, the share cut off by the token budget; think_score, over the prompts that ask for
-    thought, where the reward looks at it."""
-    rollouts = [rollout for group in groups for rollout in group]
-    columns: dict[str, list[float]] = {
-        "reward": [r.reward for r in rollouts],
-        "accuracy": [r.terms.answer for r in rollouts],
-        "format_rate": [r.terms.format for r in rollouts],
-        "response_length": [len(r.completion.token_ids) for r in rollouts],
-        "truncated": [float(not r.completion.finished) for r in rollouts],
-    }
-    thoughts = [r.terms.verdict.mean for r in rollouts if r.prompt.think]
-    if scheme.uses_thinking and thoughts:
-        columns["think_score"] = thoughts
-    return {name: float(np.mean(values)) for name, values in columns.items()}
-
-
-def _update_metrics(
-    groups: Sequence[Sequence[Rollout]],
-    responses: Sequence[Sequence[Response]],
-    stats: UpdateStats,
-) -> dict[str, float]:
-    """Entropy in nats per token, groups sampled and kept, and what the updates measured.
-
-    Entropy is the Monte Carlo estimate -mean log p of the sampled tokens: unbiased, and free.
-    """
-    logprobs = [p for group in groups for r in group for p in r.completion.logprobs]
-    return {
-        "entropy": -float(np.mean(logprobs)),
-        "sampled_groups": float(len(groups)),
-        "kept_groups": float(len(responses)),
-        "updates": float(stats.num_updates),
-        **stats.metrics(),
     }
