@@ -37,12 +37,16 @@ class LengthsOnly:
 
     def __init__(self, lengths: Sequence[Length]) -> None:
         self.lengths = lengths
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        self.rows = [len(lengths)]
 
     def __getitem__(self, index: int) -> Sample:
         return Sample(id=str(index), source="mix", task="mix", messages=[], images=[])
+
+    def prepare(self, shards: Sequence[int]) -> None:
+        """Nothing: there are no shards."""
+
+    def close(self) -> None:
+        """Nothing."""
 
     def encode(self, sample: Sample) -> Encoded:
         """As many tokens as the sample has; the first one is its number."""
@@ -81,7 +85,7 @@ def _stream(
         return flops.cost(len(encoded.input_ids), data.patches(encoded))
 
     stream = PackedStream(
-        [Source("mix", data, 1.0, np.zeros(len(data), dtype=bool))],
+        [Source("mix", data, 1.0)],
         data.encode,
         seq_len=SEQ_LEN,
         batch_size=num_ranks,

@@ -1,4 +1,8 @@
-"""Images of a conversation to arrays: tiles, or patches at their own size. No torch here."""
+"""Images of a conversation to arrays: tiles, or patches at their own size. No torch here.
+
+What an image will be as arrays follows from its size alone, so a conversation can be laid out
+(`plan_tiles`, `plan_patches`) before any image of it is decoded.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from model.patches import to_patches
-from model.tiling import tile_image, to_pixels
+from model.patches import native_grid, to_patches
+from model.tiling import count_tiles, tile_image, to_pixels
 
 
 class SeenImages(NamedTuple):
@@ -24,6 +28,37 @@ class SeenImages(NamedTuple):
     pixel_values: np.ndarray
     image_grids: np.ndarray | None
     num_tokens: list[int]
+
+
+def unseen(shape: tuple[int, ...]) -> np.ndarray:
+    """NaN in the given shape and without memory: a network that were given it would say so."""
+    return np.broadcast_to(np.float32(np.nan), shape)
+
+
+def plan_tiles(
+    sizes: Sequence[tuple[int, int]],
+    tile_size: int,
+    tokens_per_tile: int,
+    max_tiles: int,
+    use_thumbnail: bool,
+    msac: bool,
+) -> SeenImages:
+    """As `see_tiles` for images of these widths and heights, with `unseen` pixels."""
+    counts = [count_tiles(*size, tile_size, max_tiles, use_thumbnail, msac) for size in sizes]
+    pixels = unseen((sum(counts), 3, tile_size, tile_size))
+    return SeenImages(pixels, None, [count * tokens_per_tile for count in counts])
+
+
+def plan_patches(
+    sizes: Sequence[tuple[int, int]], patch_size: int, downsample: int, max_patches: int
+) -> SeenImages:
+    """As `see_patches` for images of these widths and heights, with `unseen` pixels."""
+    grids = np.array(
+        [native_grid(*size, patch_size, downsample, max_patches) for size in sizes], dtype=np.int64
+    ).reshape(-1, 2)
+    counts = grids.prod(axis=1)
+    pixels = unseen((int(counts.sum()), 3 * patch_size**2))
+    return SeenImages(pixels, grids, (counts // downsample**2).tolist())
 
 
 def see_tiles(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ from model.chat import (
     segments,
 )
 from model.config import SailVLConfig
-from model.images import SeenImages, flatten_images, see_patches, see_tiles
+from model.images import (
+    SeenImages,
+    flatten_images,
+    plan_patches,
+    plan_tiles,
+    see_patches,
+    see_tiles,
+)
 from model.patches import MAX_PATCHES
 from model.template import chat_template
 from model.tokenizer import CONTROL_TOKENS, load_tokenizer
@@ -168,14 +175,27 @@ class SailVLProcessor(ProcessorMixin):
             ProcessorError: placeholders and images do not match in number.
             ChatError: see `chat.segments`.
         """
+        sizes = [image.size for image in images]
+        planned = self.lay_out(messages, sizes, is_video, add_generation_prompt, max_tiles)
+        return replace(planned, pixel_values=self.see(images, is_video, max_tiles))
+
+    def lay_out(
+        self,
+        messages: Sequence[Message],
+        sizes: Sequence[tuple[int, int]],
+        is_video: bool = False,
+        add_generation_prompt: bool = False,
+        max_tiles: int | None = None,
+    ) -> Encoded:
+        """As `encode` for images of these widths and heights, with `images.unseen` pixels."""
         turns = segments(messages, add_generation_prompt, self.system_message)
         expected = count_images(messages)
-        if expected != len(images):
+        if expected != len(sizes):
             raise ProcessorError(
                 f"{expected} {IMAGE_PLACEHOLDER} placeholders in the user turns but "
-                f"{len(images)} images; write one placeholder per image"
+                f"{len(sizes)} images; write one placeholder per image"
             )
-        seen = self._see(images, is_video, max_tiles)
+        seen = self._plan(sizes, is_video, max_tiles)
         ids: list[int] = []
         mask: list[bool] = []
         pending = iter(seen.num_tokens)
@@ -187,6 +207,23 @@ class SailVLProcessor(ProcessorMixin):
             pixel_values=seen.pixel_values,
             image_grids=seen.image_grids,
         )
+
+    def see(
+        self, images: Sequence[Image.Image], is_video: bool = False, max_tiles: int | None = None
+    ) -> np.ndarray:
+        """`pixel_values` of a conversation's images, as `encode` gives them."""
+        return self._see(images, is_video, max_tiles).pixel_values
+
+    def _plan(
+        self, sizes: Sequence[tuple[int, int]], is_video: bool, max_tiles: int | None
+    ) -> SeenImages:
+        size = self.image_size
+        if self.any_resolution:
+            shown = [(size, size)] * len(sizes) if is_video else sizes
+            return plan_patches(shown, self.patch_size, self.downsample, self.max_patches)
+        most = 1 if is_video else max_tiles or self.max_tiles
+        msac = self.msac and len(sizes) == 1
+        return plan_tiles(sizes, size, self.tokens_per_tile, most, self.use_thumbnail, msac)
 
     def _see(
         self, images: Sequence[Image.Image], is_video: bool, max_tiles: int | None

@@ -99,6 +99,18 @@ def tile_image(
     return tiles
 
 
+def count_tiles(
+    width: int, height: int, tile_size: int, max_tiles: int, use_thumbnail: bool, msac: bool = False
+) -> int:
+    """How many tiles `tile_image` gives for an image of this size."""
+    first = choose_grid(width, height, tile_size, max_tiles)
+    count = first[0] * first[1]
+    if msac:
+        second = choose_grid(width, height, tile_size, max_tiles, other_than=first)
+        count += second[0] * second[1] if second != first else 0
+    return count + (use_thumbnail and count > 1)
+
+
 def _cut(image: Image.Image, grid: tuple[int, int], tile_size: int) -> list[Image.Image]:
     columns, rows = grid
     resized = _resize(image, columns * tile_size, rows * tile_size)

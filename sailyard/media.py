@@ -15,6 +15,12 @@ MAX_PIXELS = 64_000_000
 # starts Ghostscript on the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
+# What may turn an image is in its header, but for PNG, where it may also stand behind the pixels:
+# in a chunk of its own, or in texts with these keywords.
+_PNG_TURNS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+_ORIENTATION = 0x0112
+_ON_ITS_SIDE = (5, 6, 7, 8)
+
 _MAGIC = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"GIF8", b"II*\x00", b"MM\x00*")
 
 
@@ -48,14 +54,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         BadImage: The bytes are empty, of no known format, cut off, damaged, too large, or hold
             pixels that have no agreed meaning as RGB.
     """
-    if not data:
-        raise BadImage("empty", "the file has zero bytes")
-    image = _open(data)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage(
-            "bomb", f"{width}x{height} is {width * height} pixels, the limit is {max_pixels}"
-        )
+    image = _open(data, max_pixels)
     try:
         image.load()
     except Exception as error:  # a damaged file can raise nearly anything inside a codec
@@ -69,6 +68,25 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return rgb
 
 
+def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height that `decode_image` gives, from the header alone.
+
+    Raises:
+        BadImage: As `decode_image`, for what the header tells.
+    """
+    image = _open(data, max_pixels)
+    width, height = image.size
+    if image.format == "TIFF":  # Pillow has turned its size already
+        return width, height
+    if image.format == "PNG" and not any(mark in data for mark in _PNG_TURNS):
+        return width, height
+    try:
+        turned = image.getexif().get(_ORIENTATION) in _ON_ITS_SIDE
+    except Exception:  # as in decode_image: an unreadable EXIF block turns nothing
+        turned = False
+    return (height, width) if turned else (width, height)
+
+
 def encode_png(image: Image.Image) -> bytes:
     """Encode as RGB PNG without metadata: equal pixels give equal bytes."""
     plain = image.convert("RGB") if image.mode != "RGB" else image.copy()
@@ -78,7 +96,20 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The image with its header read and its size checked."""
+    if not data:
+        raise BadImage("empty", "the file has zero bytes")
+    image = _header(data)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage(
+            "bomb", f"{width}x{height} is {width * height} pixels, the limit is {max_pixels}"
+        )
+    return image
+
+
+def _header(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

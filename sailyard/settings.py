@@ -43,6 +43,10 @@ class Settings(BaseSettings):
     s3_region: str = "us-east-1"
     """S3 region; named so that no request is spent on asking for it."""
 
+    stream_bytes: int = Field(32 << 30, ge=0)
+    """Bytes that copies of dataset shards may take under home while training reads them from an S3
+    store; the ones read longest ago make room. Shards that are open stay even above this."""
+
     database_url: str = ""
     """SQLAlchemy URL of the lineage database; empty: sqlite in <home>/lineage.db."""
 
@@ -102,6 +106,7 @@ class Settings(BaseSettings):
             "SAILYARD_S3_SECRET_KEY": self.s3_secret_key.get_secret_value(),
             "SAILYARD_S3_SECURE": "true" if self.s3_secure else "false",
             "SAILYARD_S3_REGION": self.s3_region,
+            "SAILYARD_STREAM_BYTES": str(self.stream_bytes),
             "SAILYARD_DATABASE_URL": self.database_url,
             "SAILYARD_RANKS": str(self.ranks),
             "SAILYARD_RAY_ADDRESS": self.ray_address,

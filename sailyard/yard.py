@@ -37,7 +37,8 @@ class Yard:
         """Artifacts in that store, with a cache of fetched ones under home."""
         from sailyard.artifacts import ArtifactStore
 
-        return ArtifactStore(self.store, self.settings.home / "cache" / "artifacts")
+        cache = self.settings.home / "cache" / "artifacts"
+        return ArtifactStore(self.store, cache, self.settings.stream_bytes)
 
     @cached_property
     def database(self) -> Database:

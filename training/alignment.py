@@ -36,7 +36,7 @@ def run(ctx: StageContext) -> None:
     else:
         model, processor = load_model(ctx.input("checkpoint"))
     before = measure(ctx, model, processor)
-    run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.input("mix")})
+    run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.stream("mix")})
     summary = run.run()
     after = measure(ctx, run.model, processor)
     ctx.summary(
@@ -52,7 +52,7 @@ def run(ctx: StageContext) -> None:
 def measure(ctx: StageContext, model: Any, processor: Any) -> dict[str, Any]:
     """Distances of Table 7, in every view, on held-out images spread over the skills."""
     metrics = ctx.section("alignment.metrics")
-    reader = SampleReader(ctx.input("heldout"))
+    reader = SampleReader(ctx.stream("heldout"))
     spread = np.linspace(0, len(reader) - 1, min(metrics.num_images, len(reader))).astype(int)
     images = [decode_image(reader[i].images[0]) for i in spread.tolist()]
     return alignment_distances(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +25,7 @@ from model.checkpoint import (
 from model.processor import SailVLProcessor
 from model.tokenizer import train_tokenizer
 from sailyard.recipe import ModelShape, TrainRecipe
-from sailyard.samples import COMPOUNDS_FILE, read_samples
+from sailyard.samples import COMPOUNDS_FILE, OpenFile, read_samples
 from sailyard.stage import StageContext
 from training.supervised import SupervisedRun, carried, essentials
 from training.tower import pretrain_tower
@@ -43,7 +42,7 @@ def run_language(ctx: StageContext) -> None:
         save_language(ctx.output("language"), language, tokenizer)
         ctx.summary(pretrained=shape.pretrained_language)
         return
-    text = ctx.input("text")
+    text = ctx.stream("text")
     compounds = _compounds(text)
     tokenizer = train_tokenizer(_texts(text), shape.language.vocab_size, list(compounds))
     processor = SailVLProcessor.from_recipe(shape, tokenizer)
@@ -69,7 +68,7 @@ def run_vision(ctx: StageContext) -> None:
     processor = SailVLProcessor.from_recipe(shape, tokenizer)
     vision = load_vision(shape.pretrained_vision) if shape.pretrained_vision else None
     model = build_from_recipe(shape, tokenizer, seed=ctx.seed, vision=vision, language=language)
-    reference, tower_recipe = ctx.input("reference"), ctx.section("bootstrap.tower")
+    reference, tower_recipe = ctx.stream("reference"), ctx.section("bootstrap.tower")
     torch.set_num_threads(ctx.section("bootstrap.vision").threads)
     first_step = 0 if vision else tower_recipe.steps
     before = carried(ctx, first_step)
@@ -81,7 +80,7 @@ def run_vision(ctx: StageContext) -> None:
             )
 
     def arm(
-        name: str, recipe: TrainRecipe, inputs: Mapping[str, Path], first_step: int
+        name: str, recipe: TrainRecipe, inputs: Mapping[str, OpenFile], first_step: int
     ) -> SupervisedRun:
         return SupervisedRun(
             ctx, model, processor, recipe, inputs, arm=name, first_step=first_step, carry=before
@@ -94,7 +93,7 @@ def run_vision(ctx: StageContext) -> None:
     everything = arm(
         "main",
         ctx.section("bootstrap.vision"),
-        {**pictures, "text": ctx.input("text")},
+        {**pictures, "text": ctx.stream("text")},
         first_step + adapter.total_steps,
     )
     ctx.summary(**everything.run(), **before)
@@ -120,17 +119,18 @@ def start_compounds(
         table[tokenizer.convert_tokens_to_ids(word)] = sum(vectors) / len(vectors) ** 0.5
 
 
-def _compounds(directory: Path) -> dict[str, list[str]]:
+def _compounds(text: OpenFile) -> dict[str, list[str]]:
     """Words that stand for several others, with those, where a text dataset has such words."""
-    path = directory / COMPOUNDS_FILE
-    if not path.is_file():
+    try:
+        with text(COMPOUNDS_FILE) as file:
+            found: dict[str, list[str]] = json.load(file)
+    except FileNotFoundError:
         return {}
-    found: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-def _texts(directory: Path) -> Iterator[str]:
-    for sample in read_samples(directory):
+def _texts(text: OpenFile) -> Iterator[str]:
+    for sample in read_samples(text):
         for message in sample.messages:
             yield message["role"]  # one token each: they stand in every turn
             yield message["content"]

@@ -20,7 +20,7 @@ from training.learner import Learner
 from training.loop import TrainingLoop
 from training.packing import PackedBatch, collate_rows
 from training.stream import PackedStream, open_sources
-from training.supervised import encoder
+from training.supervised import Encoder
 from training.world import join_world
 
 NUM_MEASURED = 4  # held-out batches
@@ -33,8 +33,8 @@ def run(ctx: StageContext) -> None:
     language, tokenizer = load_language(ctx.input("language"))
     processor = SailVLProcessor.from_recipe(ctx.section("model"), tokenizer)
     stream = PackedStream(
-        open_sources({"text": ctx.input("text")}),
-        encoder(processor),
+        open_sources({"text": ctx.stream("text")}),
+        Encoder(processor),
         seq_len=recipe.seq_len,
         batch_size=recipe.batch_size,
         look_ahead=4 * recipe.batch_size,
@@ -73,6 +73,7 @@ def run(ctx: StageContext) -> None:
         ctx.progress(step + 1, recipe.steps, f"entropy {entropy:.3f}")
 
     loop.run(one_step, lambda: {"stream": stream.state()})
+    stream.close()
     after, after_pictures = calibrator.measure(heldout), measure_multimodal(whole, pictures)
     ctx.summary(
         before=_figures(before),
@@ -90,15 +91,18 @@ def _tensors(stream: PackedStream) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pictures(ctx: StageContext, recipe: Any, processor: SailVLProcessor) -> list[PackedBatch]:
+    encoder = Encoder(processor)
     stream = PackedStream(
-        open_sources({"multimodal": ctx.input("multimodal")}),
-        encoder(processor),
+        open_sources({"multimodal": ctx.stream("multimodal")}),
+        encoder,
         seq_len=recipe.seq_len,
         batch_size=recipe.batch_size,
         look_ahead=4 * recipe.batch_size,
         seed=ctx.seed,
+        decode=encoder.decode,
     )
-    batches = (stream.next_batch() for _ in range(NUM_MEASURED))
+    batches = [stream.next_batch() for _ in range(NUM_MEASURED)]
+    stream.close()
     return [collate_rows(batch.rows, stream.seq_len) for batch in batches]
 
 

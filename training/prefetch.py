@@ -41,9 +41,10 @@ class Prefetch:
         self._state = self._stream.state()
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread and the stream."""
         self._drop()
         self._thread.shutdown()
+        self._stream.close()
 
     def _make(self) -> tuple[StreamBatch, dict[str, Any]]:
         return self._stream.next_batch(), self._stream.state()

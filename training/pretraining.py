@@ -35,7 +35,7 @@ def run_multitask(ctx: StageContext) -> None:
     """Stage `pretraining.multitask`: all parts, n-gram-balanced mixture, no AdaLRS."""
     model, processor = load_model(ctx.input("checkpoint"))
     recipe = ctx.section("pretraining.multitask")
-    run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.input("mix")})
+    run = SupervisedRun(ctx, model, processor, recipe, {"mix": ctx.stream("mix")})
     ctx.summary(**run.run())
     save_model(ctx.output("checkpoint"), run.model, processor)
 
@@ -61,7 +61,7 @@ def _arm(
         model,
         processor,
         recipe,
-        {"mix": ctx.input("mix")},
+        {"mix": ctx.stream("mix")},
         adalrs=adalrs,
         arm=arm,
         first_step=first_step,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from model.checkpoint import load_model, save_model
 from sailyard.stage import StageContext
 from training.soup import write_record
@@ -36,9 +33,7 @@ def run_think_fusion(ctx: StageContext) -> None:
 
 def _run(ctx: StageContext, section: str) -> None:
     model, processor = load_model(ctx.input("checkpoint"))
-    data: Mapping[str, Path] = {
-        name: ctx.input(name) for name in ctx.input_names if name != "checkpoint"
-    }
+    data = {name: ctx.stream(name) for name in ctx.input_names if name != "checkpoint"}
     recipe = ctx.section(section)
     run = SupervisedRun(ctx, model, processor, recipe, data)
     ctx.summary(**run.run())

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 
 from model.modeling import SailVLForConditionalGeneration, part_digests
 from model.processor import Encoded, SailVLProcessor
-from sailyard.media import decode_image
+from sailyard.media import decode_image, image_size
 from sailyard.recipe import TrainRecipe
-from sailyard.samples import Sample
+from sailyard.samples import OpenFile, Sample
 from sailyard.stage import RankDone, StageContext
 from training.balance import Balance, sample_cost
 from training.checkpointing import read_scalars
@@ -35,14 +35,30 @@ SPEED_EVERY = 10
 """Steps between points of the series about speed (our choice)."""
 
 
-def encoder(processor: SailVLProcessor) -> Callable[[Sample], Encoded]:
-    """How a stored sample becomes token ids, loss mask and tiles."""
+class Encoder:
+    """How a stored sample becomes token ids, loss mask and pixels: pixels only when decoded."""
 
-    def encode(sample: Sample) -> Encoded:
+    def __init__(self, processor: SailVLProcessor) -> None:
+        self._processor = processor
+
+    def __call__(self, sample: Sample) -> Encoded:
+        """Everything but the pixels, from texts and image headers."""
+        sizes = [image_size(data) for data in sample.images]
+        return self._processor.lay_out(sample.messages, sizes, is_video=sample.is_video)
+
+    def decode(self, sample: Sample, encoded: Encoded) -> Encoded:
+        """The same with its pixels.
+
+        Raises:
+            ValueError: An image is damaged, or not as large as its header says.
+        """
         images = [decode_image(data) for data in sample.images]
-        return processor.encode(sample.messages, images, is_video=sample.is_video)
-
-    return encode
+        pixels = self._processor.see(images, is_video=sample.is_video)
+        if pixels.shape != encoded.pixel_values.shape:
+            raise ValueError(
+                f"sample {sample.id!r}: an image has another size than its header says"
+            )
+        return replace(encoded, pixel_values=pixels)
 
 
 def truncation(
@@ -108,7 +124,7 @@ class SupervisedRun:
         model: SailVLForConditionalGeneration,
         processor: SailVLProcessor,
         recipe: TrainRecipe,
-        inputs: Mapping[str, Path],
+        inputs: Mapping[str, Path | OpenFile],
         *,
         seed: int | None = None,
         adalrs: Mapping[str, Any] | None = None,
@@ -121,15 +137,19 @@ class SupervisedRun:
         self.arm, self.carry = arm, dict(carry or {})
         self.world = join_world()
         self.digests_before = part_digests(model)
+        encoder = Encoder(processor)
         self.stream = PackedStream(
             open_sources(inputs, recipe.weights, recipe.first_tasks),
-            encoder(processor),
+            encoder,
             seq_len=recipe.seq_len,
             batch_size=recipe.batch_size,
             look_ahead=recipe.look_ahead,
             seed=ctx.seed if seed is None else seed,
             balance=Balance(self.world.size, sample_cost(model)) if recipe.visual_balance else None,
             truncate=truncation(processor, recipe),
+            decode=encoder.decode,
+            rank=self.world.rank,
+            workers=recipe.threads,
         )
         self.total_steps = recipe.max_steps or self.stream.epoch_steps(recipe.epochs)
         self.batches = Prefetch(self.stream)

@@ -9,7 +9,6 @@ learns to say where it stands: what a decoder needs to look at a place (docs/log
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from model.tiling import to_pixels
 from model.vision import SailViT
 from sailyard.media import decode_image
 from sailyard.recipe import TowerRecipe
-from sailyard.samples import read_samples
+from sailyard.samples import OpenFile, read_samples
 from sailyard.stage import StageContext
 from training.learner import Learner
 from training.loop import TrainingLoop
@@ -64,16 +63,16 @@ class Tagger(nn.Module):
 class TaggedImages:
     """The N tagged images of a dataset, decoded once, and `targets`, their tags: float32 [N, K]."""
 
-    def __init__(self, directory: Path, image_size: int) -> None:
+    def __init__(self, data: OpenFile, image_size: int) -> None:
         self.images: list[Image.Image] = []
         named: list[list[str]] = []
-        for sample in read_samples(directory):
+        for sample in read_samples(data):
             if sample.meta.get("tags") and len(sample.images) == 1:
                 image = decode_image(sample.images[0])
                 self.images.append(image.resize((image_size, image_size)))
                 named.append(sample.meta["tags"])
         if not self.images:
-            raise ValueError(f"{directory} holds no tagged image: the tower needs meta['tags']")
+            raise ValueError(f"{data} holds no tagged image: the tower needs meta['tags']")
         self.vocabulary = sorted({tag for names in named for tag in names})
         index = {tag: i for i, tag in enumerate(self.vocabulary)}
         self.targets = torch.zeros(len(self.images), len(self.vocabulary))
@@ -92,7 +91,7 @@ def pretrain_tower(
     vision: SailViT,
     processor: SailVLProcessor,
     recipe: TowerRecipe,
-    reference: Path,
+    reference: OpenFile,
 ) -> dict[str, Any]:
     """Train `vision` in place on the tags of `reference`; returns loss and held-out accuracy.
 

@@ -12,6 +12,7 @@ from sailyard.artifacts.artifacts import (
     ArtifactFile,
     ArtifactNotFound,
     ArtifactStore,
+    ArtifactStream,
 )
 from sailyard.artifacts.local import LocalStore
 from sailyard.artifacts.objects import (
@@ -35,6 +36,7 @@ __all__ = [
     "ArtifactFile",
     "ArtifactNotFound",
     "ArtifactStore",
+    "ArtifactStream",
     "ContentChanged",
     "LocalStore",
     "ObjectNotFound",
@@ -69,4 +71,5 @@ def open_store(settings: Settings) -> ObjectStore:
 
 def open_artifacts(settings: Settings) -> ArtifactStore:
     """Artifacts on that store, with the local cache in ``<home>/cache/artifacts``."""
-    return ArtifactStore(open_store(settings), settings.home / "cache" / "artifacts")
+    cache = settings.home / "cache" / "artifacts"
+    return ArtifactStore(open_store(settings), cache, settings.stream_bytes)

@@ -20,8 +20,9 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from sailyard.artifacts.cache import FileCache, is_intact
 from sailyard.artifacts.objects import (
     ContentChanged,
     ObjectNotFound,
@@ -32,6 +33,9 @@ from sailyard.artifacts.objects import (
     remove_stale,
     space_errors,
 )
+
+STREAM_BYTES = 32 << 30
+"""Bytes of streamed files that are kept on this machine. Our choice."""
 
 
 class ArtifactError(ValueError):
@@ -76,12 +80,17 @@ class ArtifactStore:
     Args:
         store: Where the objects lie.
         cache_dir: Local folder for fetched artifacts; several processes may share it.
+        stream_bytes: Most bytes of streamed files kept there, beside those that are being read.
     """
 
-    def __init__(self, store: ObjectStore, cache_dir: Path) -> None:
+    def __init__(
+        self, store: ObjectStore, cache_dir: Path, stream_bytes: int = STREAM_BYTES
+    ) -> None:
         self.store = store
         self.cache_dir = Path(cache_dir).absolute()
+        self._streamed = FileCache(self.cache_dir / "streamed", stream_bytes)
         remove_stale(self.cache_dir, ".*")
+        remove_stale(self.cache_dir / "streamed", ".*.*")
 
     def publish(
         self, directory: Path, kind: str, meta: Mapping[str, Any] | None = None
@@ -164,6 +173,37 @@ class ArtifactStore:
             shutil.rmtree(building, ignore_errors=True)
         return folder
 
+    def stream(self, digest: str) -> ArtifactStream:
+        """The artifact's files one by one, each brought and verified when it is opened.
+
+        Raises:
+            ArtifactNotFound: There is no such artifact.
+        """
+        return ArtifactStream(self, self.get(digest))
+
+    def open_file(self, artifact: Artifact, file: ArtifactFile) -> BinaryIO:
+        """One file of an artifact to read, every byte verified in this call.
+
+        Where the store is a folder of this machine the file is read in place; else a local copy
+        stays at least as long as the file is open.
+
+        Raises:
+            ArtifactCorrupt: The stored file is damaged or gone.
+        """
+        path = self.store.local_path(_object_key(file.sha256))
+        if path is None:
+            return self._streamed.open(
+                file.sha256, file.size, lambda path: self._fetch_file(artifact, file, path)
+            )
+        try:
+            handle = path.open("rb")
+        except FileNotFoundError as error:
+            raise _gone(artifact, file) from error
+        if not is_intact(handle, file.sha256):
+            handle.close()
+            raise _damaged(artifact, file)
+        return handle
+
     def _put_file(self, name: str, path: Path, sha256: str, size: int) -> None:
         key = _object_key(sha256)
         if self.store.size(key) == size:
@@ -176,21 +216,13 @@ class ArtifactStore:
             ) from error
 
     def _fetch_file(self, artifact: Artifact, file: ArtifactFile, path: Path) -> None:
-        key = _object_key(file.sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            found = self.store.link_or_download(key, path)
+            found = self.store.link_or_download(_object_key(file.sha256), path)
         except ObjectNotFound as error:
-            raise ArtifactCorrupt(
-                f"artifact {artifact.digest}: the file {file.name} is gone from the store "
-                f"(object {key}); run the stage that makes it again with --force"
-            ) from error
+            raise _gone(artifact, file) from error
         if found != file.sha256:
-            raise ArtifactCorrupt(
-                f"artifact {artifact.digest}: the file {file.name} is damaged: object {key} has "
-                f"sha256 {found}; delete the object and run the stage that makes it again with "
-                "--force"
-            )
+            raise _damaged(artifact, file, found)
         if path.stat().st_mode & 0o222:
             path.chmod(0o444)
 
@@ -201,6 +233,38 @@ class ArtifactStore:
         except FileNotFoundError:  # another process was faster
             return
         shutil.rmtree(aside, ignore_errors=True)
+
+
+class ArtifactStream:
+    """Opens files of one artifact by name; a dataset's ``OpenFile`` (``sailyard.samples``)."""
+
+    def __init__(self, artifacts: ArtifactStore, artifact: Artifact) -> None:
+        self._artifacts, self.artifact = artifacts, artifact
+        self._files = {file.name: file for file in artifact.files}
+
+    def __call__(self, name: str) -> BinaryIO:
+        """The file to read; FileNotFoundError if the artifact has none of that name."""
+        if name not in self._files:
+            raise FileNotFoundError(f"{self} has no file {name}")
+        return self._artifacts.open_file(self.artifact, self._files[name])
+
+    def __str__(self) -> str:
+        return f"artifact {self.artifact.digest}"
+
+
+def _gone(artifact: Artifact, file: ArtifactFile) -> ArtifactCorrupt:
+    return ArtifactCorrupt(
+        f"artifact {artifact.digest}: the file {file.name} is gone from the store "
+        f"(object {_object_key(file.sha256)}); run the stage that makes it again with --force"
+    )
+
+
+def _damaged(artifact: Artifact, file: ArtifactFile, found: str = "another") -> ArtifactCorrupt:
+    return ArtifactCorrupt(
+        f"artifact {artifact.digest}: the file {file.name} is damaged: object "
+        f"{_object_key(file.sha256)} has sha256 {found}; delete the object and run the stage "
+        "that makes it again with --force"
+    )
 
 
 def _describe(kind: str, files: list[ArtifactFile], meta: dict[str, Any]) -> tuple[Artifact, bytes]:

@@ -94,6 +94,10 @@ class LocalStore(ObjectStore):
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def local_path(self, key: str) -> Path:
+        """See ObjectStore.local_path."""
+        return self._path(key)
+
     def size(self, key: str) -> int | None:
         """See ObjectStore.size."""
         path = self._path(key)

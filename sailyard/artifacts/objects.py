@@ -120,6 +120,11 @@ class ObjectStore(ABC):
         """Like `download`, but the file may share storage with the store: never write to it."""
         return self.download(key, path)
 
+    def local_path(self, key: str) -> Path | None:
+        """Where the object would lie as a file of this machine, to be read in place; None if
+        objects lie elsewhere."""
+        return None
+
     @abstractmethod
     def size(self, key: str) -> int | None:
         """The object's size in bytes, or None if there is none."""

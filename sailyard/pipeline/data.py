@@ -10,7 +10,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.ingest",
             "curation.ingest:run",
-            6,
+            7,
             outputs=("captions", "reference", "video", "instruction", "rl_pool", "quarantine"),
             sections=("world", "data", "model.vision"),
             doc="Render the small world, take user data in, quarantine what is broken.",
@@ -18,7 +18,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.heldout",
             "curation.heldout:run",
-            2,
+            3,
             outputs=("heldout",),
             sections=("world", "model.vision"),
             doc="Questions per skill on layouts that training never sees.",
@@ -26,7 +26,7 @@ def source_stages() -> list[Stage]:
         Stage(
             "curation.text",
             "curation.text:run",
-            6,
+            7,
             outputs=("text",),
             sections=("world",),
             doc="Pure text that grows and preserves the language model.",
@@ -40,7 +40,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.caption_scores",
             "curation.scores:run",
-            1,
+            2,
             inputs={"captions": "curation.ingest/captions"},
             outputs=("scores",),
             sections=("curation.caption_scores",),
@@ -61,7 +61,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.caption2",
             "curation.caption2:run",
-            1,
+            2,
             inputs={"captions": "curation.ingest/captions", "judges": "curation.judges/judges"},
             outputs=("captions", "dropped"),
             sections=("curation.caption2", "model"),
@@ -73,7 +73,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.charts",
             "curation.charts:run",
-            2,
+            3,
             outputs=("charts",),
             sections=("curation.charts", "world", "model.vision"),
             doc="Charts drawn by code from real tables, with captions and questions.",
@@ -81,7 +81,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.vqa",
             "curation.vqa:run",
-            4,
+            5,
             inputs={"captions": "curation.caption2/captions"},
             outputs=("vqa",),
             sections=("curation.vqa",),
@@ -90,7 +90,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.video",
             "curation.video:run",
-            1,
+            2,
             inputs={"video": "curation.ingest/video"},
             outputs=("video",),
             sections=("curation.video",),
@@ -99,7 +99,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.instruction2",
             "curation.instruction:run",
-            1,
+            2,
             inputs={"instruction": "curation.ingest/instruction", "captioner": captioner},
             outputs=("instruction",),
             sections=("curation.instruction2", "model"),
@@ -110,7 +110,7 @@ def curation_stages(inference: int, training: int) -> list[Stage]:
         Stage(
             "curation.longcot",
             "curation.longcot:run",
-            2,
+            3,
             inputs={
                 "rl_pool": "curation.ingest/rl_pool",
                 "instruction": "curation.instruction2/instruction",
@@ -142,7 +142,7 @@ def mix_stages() -> list[Stage]:
         Stage(
             f"curation.mix_{mix}",
             "curation.mix:run",
-            1,
+            2,
             inputs=inputs,
             outputs=("mix",),
             sections=(f"curation.mix.{mix}", "data"),

@@ -239,7 +239,7 @@ def thinking_stages(training: int, inference: int) -> list[Stage]:
         return Stage(
             name,
             entry,
-            1,
+            2,
             inputs=inputs,
             outputs=(output,),
             sections=(name, "model"),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sailyard.artifacts import ArtifactStore
     from sailyard.recipe import Recipe
     from sailyard.registry import Registry
+    from sailyard.samples import OpenFile
+    from sailyard.settings import Settings
 
 
 class StageContext:
@@ -47,6 +49,7 @@ class StageContext:
         key: str,
         input_digests: Mapping[str, str],
         fetch_input: Callable[[str], Path],
+        stream_input: Callable[[str], OpenFile],
         work: Path,
         checkpoints: Checkpoints,
         recorder: Recorder,
@@ -65,6 +68,7 @@ class StageContext:
         self._recipe = recipe
         self._input_digests = dict(input_digests)
         self._fetch_input = fetch_input
+        self._stream_input = stream_input
         self._fetched: dict[str, Path] = {}
         self._work = work
         self._stop = threading.Event()
@@ -73,7 +77,12 @@ class StageContext:
 
     @classmethod
     def local_context(
-        cls, tmp_path: Path, recipe: Recipe, stage_name: str, inputs: Mapping[str, Path]
+        cls,
+        tmp_path: Path,
+        recipe: Recipe,
+        stage_name: str,
+        inputs: Mapping[str, Path],
+        settings: Settings | None = None,
     ) -> StageContext:
         """A context for running one entry by hand, without a run or a database.
 
@@ -81,18 +90,22 @@ class StageContext:
             tmp_path: Folder for scratch space, outputs, checkpoints and a small registry.
             recipe: Any recipe.
             stage_name: A stage of the recipe's pipeline.
-            inputs: Input name -> directory; all that the entry reads must be there.
+            inputs: Input name -> directory; all that the entry reads must be there. What it
+                streams is published in the store first.
+            settings: Name another store than a folder in `tmp_path`.
         """
         # Here, not above: an entry run by hand is the only one that makes its own store.
-        from sailyard.artifacts import ArtifactStore, LocalStore
+        from sailyard.artifacts import open_artifacts
         from sailyard.lineage import Database
         from sailyard.registry import Registry
+        from sailyard.settings import Settings
 
         stage = build_pipeline(recipe).stage(stage_name)
         unknown = sorted(set(inputs) - set(stage.inputs))
         if unknown:
             raise StageError(f"stage {stage_name!r} has no input {unknown[0]!r}")
-        store = LocalStore(tmp_path / "store")
+        here = Settings(home=tmp_path, store=f"file://{Path(tmp_path).absolute()}/store")
+        artifacts = open_artifacts(settings or here)
         digests = {name: _directory_digest(inputs.get(name)) for name in stage.inputs}
         key = cache_key(stage, recipe, digests)
         rank = Rank.from_environment().number
@@ -104,11 +117,14 @@ class StageContext:
             key=key,
             input_digests=digests,
             fetch_input=lambda name: inputs[name],
+            stream_input=lambda name: artifacts.stream(
+                artifacts.publish(inputs[name], "input").digest
+            ),
             work=work,
-            checkpoints=Checkpoints(store, key, work / "resume"),
+            checkpoints=Checkpoints(artifacts.store, key, work / "resume"),
             recorder=MemoryRecorder(),
             open_registry=lambda: Registry(Database(f"sqlite:///{tmp_path}/lineage.db")),
-            open_artifacts=lambda: ArtifactStore(store, tmp_path / "cache"),
+            open_artifacts=lambda: artifacts,
         )
 
     # --- what the stage reads ---------------------------------------------------------------------
@@ -145,6 +161,19 @@ class StageContext:
             except KeyError:
                 raise StageError(f"input {name!r} of {self.stage_name!r} was not given") from None
         return self._fetched[name]
+
+    def stream(self, name: str) -> OpenFile:
+        """Opens the files of an input by name, each brought and verified when it is opened: for a
+        dataset that need not be on this machine as a whole.
+
+        Raises:
+            StageError: The stage has no such input.
+        """
+        self._require_input(name)
+        try:
+            return self._stream_input(name)
+        except KeyError:
+            raise StageError(f"input {name!r} of {self.stage_name!r} was not given") from None
 
     def input_digest(self, name: str) -> str:
         """Digest of the input's artifact."""
@@ -233,10 +262,14 @@ class StageContext:
 
 
 def local_context(
-    tmp_path: Path, recipe: Recipe, stage_name: str, inputs: Mapping[str, Path]
+    tmp_path: Path,
+    recipe: Recipe,
+    stage_name: str,
+    inputs: Mapping[str, Path],
+    settings: Settings | None = None,
 ) -> StageContext:
     """See StageContext.local_context."""
-    return StageContext.local_context(tmp_path, recipe, stage_name, inputs)
+    return StageContext.local_context(tmp_path, recipe, stage_name, inputs, settings)
 
 
 def jsonable(value: Any, where: str) -> Any:

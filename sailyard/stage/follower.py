@@ -91,6 +91,7 @@ def _run_entry(yard: Yard, run: Run, stage: Stage, rank: Rank, key: str, stop: S
         key=key,
         input_digests=inputs,
         fetch_input=lambda name: yard.artifacts.fetch(inputs[name]),
+        stream_input=lambda name: yard.artifacts.stream(inputs[name]),
         work=work,
         checkpoints=Checkpoints(yard.store, key, work / "resume"),
         recorder=SilentRecorder(),

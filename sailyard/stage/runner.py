@@ -161,6 +161,7 @@ class _Attempt:
             key=self.key,
             input_digests=self.inputs,
             fetch_input=lambda name: self.yard.artifacts.fetch(self.inputs[name]),
+            stream_input=lambda name: self.yard.artifacts.stream(self.inputs[name]),
             work=self.work,
             checkpoints=self.checkpoints,
             recorder=recorder,

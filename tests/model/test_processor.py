@@ -106,3 +106,25 @@ def test_a_broken_processor_file_is_named(tmp_path):
     (tmp_path / "processor_config.json").write_text('{"image_size": 56}')
     with pytest.raises(ProcessorError, match="any_resolution"):
         SailVLProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("any_resolution", [False, True])
+@pytest.mark.parametrize("msac", [False, True])
+@pytest.mark.parametrize("is_video", [False, True])
+def test_a_conversation_is_laid_out_by_the_sizes_of_its_images(any_resolution, msac, is_video):
+    made = processor()
+    made.any_resolution, made.msac = any_resolution, msac and not any_resolution
+    for sizes in ([], [(60, 60)], [(400, 90)], [(31, 200), (56, 56)]):
+        content = "<image>\n" * len(sizes) + "how many?"
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "two"}]
+        images = [image(0, *size) for size in sizes]
+        whole = made.encode(turns, images, is_video=is_video)
+        planned = made.lay_out(turns, sizes, is_video=is_video)
+        seen = made.see(images, is_video=is_video)
+        assert planned.input_ids.tolist() == whole.input_ids.tolist()
+        assert planned.loss_mask.tolist() == whole.loss_mask.tolist()
+        assert planned.pixel_values.shape == whole.pixel_values.shape == seen.shape
+        assert np.isnan(planned.pixel_values).all()  # what was not seen cannot pass for pixels
+        assert np.array_equal(seen, whole.pixel_values)
+        if any_resolution:
+            assert planned.image_grids.tolist() == whole.image_grids.tolist()

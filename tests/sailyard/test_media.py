@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sailyard.media import BadImage, decode_image, encode_png
+from sailyard.media import BadImage, decode_image, encode_png, image_size
 
 # Pillow warns about damaged metadata before it goes on without it; that it goes on is the point.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Image size")
@@ -220,3 +220,31 @@ def test_limit_is_inclusive() -> None:
 def test_float_pixels_have_no_agreed_brightness() -> None:
     data = encoded(Image.fromarray(np.full((4, 4), -3.5, dtype=np.float32)), "TIFF")
     assert reason(data) == "unsupported"
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_the_header_tells_the_size_that_decoding_gives(kind: str, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(halves(), kind, exif=exif)
+    assert image_size(data) == decode_image(data).size
+    assert image_size(encoded(halves(), kind)) == (40, 20)
+
+
+def test_a_turn_that_stands_behind_the_pixels_of_a_png_counts() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(halves(), "PNG", exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    ending = data.index(b"IEND") - 4
+    moved = data[:start] + data[end:ending] + data[start:end] + data[ending:]
+    assert image_size(moved) == decode_image(moved).size
+
+
+def test_a_header_alone_is_refused_for_the_same_reasons() -> None:
+    for data in (b"", b"nonsense", png_header(100_000, 100_000)):
+        with pytest.raises(BadImage) as raised:
+            image_size(data)
+        assert raised.value.reason == reason(data)

@@ -1,7 +1,8 @@
 """Runs one entry by hand: `python -m tests.training.run_entry STAGE FOLDER INPUTS SETTING...`.
 
 A process of its own, so that a test can kill it as a machine would, or several under torchrun.
-Like a stage it ends with 75 when it was asked to stop and has saved.
+Like a stage it ends with 75 when it was asked to stop and has saved. Its store is a folder beside
+the rest, or what SAILYARD_STORE names.
 """
 
 from __future__ import annotations
@@ -9,28 +10,32 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sailyard.recipe import load_recipe
+from sailyard.settings import Settings
 from sailyard.stage import EXIT_RESUME, MemoryRecorder, Rank, RankDone, StageContext, StopRequested
 
 
 def context(
     stage: str, folder: Path, inputs: dict[str, Path], changes: list[str], recipe: str = "micro"
 ) -> StageContext:
-    return StageContext.local_context(folder, load_recipe(recipe, changes), stage, inputs)
+    settings = Settings(home=folder) if os.environ.get("SAILYARD_STORE") else None
+    return StageContext.local_context(folder, load_recipe(recipe, changes), stage, inputs, settings)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("stage")
     parser.add_argument("folder", type=Path)
     parser.add_argument("inputs", type=json.loads)
     parser.add_argument("changes", nargs="*")
     parser.add_argument("--recipe", default="micro")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     paths = {name: Path(path) for name, path in options.inputs.items()}
     ctx = context(options.stage, options.folder, paths, options.changes, options.recipe)
     signal.signal(signal.SIGTERM, lambda *_: ctx.request_stop())

@@ -30,7 +30,7 @@ def stream(
         return FLOPS.cost(len(encoded.input_ids), data.patches(encoded))
 
     return PackedStream(
-        [Source("mix", data, 1.0, np.zeros(len(data), dtype=bool))],
+        [Source("mix", data, 1.0)],
         data.encode,
         seq_len=seq_len,
         batch_size=rows,

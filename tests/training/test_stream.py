@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from model.processor import Encoded
 from sailyard.samples import Sample, read_samples, write_samples
+from sailyard.stage import Rank
 from training.packing import truncated
 from training.stream import PackedStream, open_sources
 
@@ -111,6 +114,57 @@ def test_when_nothing_fits_the_way_out_is_named(tmp_path: Path) -> None:
     directory = dataset(tmp_path, "a", 10, longest=40)
     with pytest.raises(ValueError, match="raise seq_len"):
         make({"a": directory}, seq_len=1).next_batch()
+
+
+def test_ranks_see_the_same_stream_and_decode_their_own_rows(tmp_path: Path) -> None:
+    directory = dataset(tmp_path, "a", 40)
+
+    def pixels(stream: PackedStream) -> list[list[float]]:
+        rows = stream.next_batch().rows
+        return [[float(e.pixel_values.sum()) for e in row] for row in rows]
+
+    def decode(sample: Sample, encoded: Encoded) -> Encoded:
+        number = float(sample.id.split("-")[1])
+        return replace(encoded, pixel_values=np.full((1, 3, 4, 4), number / 48, dtype=np.float32))
+
+    def of_rank(rank: Rank, workers: int) -> PackedStream:
+        return PackedStream(
+            open_sources({"a": directory}),
+            encode,
+            seq_len=64,
+            batch_size=4,
+            look_ahead=12,
+            seed=5,
+            decode=decode,
+            rank=rank,
+            workers=workers,
+        )
+
+    alone = of_rank(Rank(), 1)
+    first, second = of_rank(Rank(0, 2), 3), of_rank(Rank(1, 2), 1)
+    for _ in range(5):
+        whole, left, right = (pixels(stream) for stream in (alone, first, second))
+        assert left[:2] == whole[:2]
+        assert right[2:] == whole[2:]
+        assert all(value == 0 for rows in (left[2:], right[:2]) for row in rows for value in row)
+    assert first.state() == second.state() == alone.state()
+
+
+def test_a_stream_over_many_blocks_continues_exactly(tmp_path: Path) -> None:
+    samples = list(read_samples(dataset(tmp_path, "a", 90)))
+    write_samples(tmp_path / "b", samples, shard_size=4)
+    directories = {"a": tmp_path / "b"}
+    whole = make(directories)
+    expected = [whole.next_batch().ids for _ in range(20)]
+    assert {i for ids in expected for i in ids} == {sample.id for sample in samples}
+    stream, seen = make(directories), []
+    for _ in range(20):
+        state = stream.state()
+        stream.close()
+        stream = make(directories)
+        stream.load(json.loads(json.dumps(state)))
+        seen.append(stream.next_batch().ids)
+    assert seen == expected
 
 
 def test_weights_must_name_inputs(tmp_path: Path) -> None:
