@@ -142,7 +142,9 @@ def ended(processes: Sequence[ForkServerProcess]) -> list[int]:
 def disturbed(trial: Trial, kills: int, moments: random.Random) -> dict[str, int]:
     """End the run `kills` times, then let it finish; how often with which signal, how it ended."""
     counts = {"SIGKILL": 0, "SIGTERM": 0, "saved_on_request": 0, "ended_by_itself": 0}
-    for _ in range(kills):
+    while counts["SIGKILL"] + counts["SIGTERM"] < kills:
+        if counts["ended_by_itself"] > kills:
+            raise RuntimeError("the run ends before it can be ended: give it more steps")
         processes = trial.start()
         _wait_for_checkpoints(trial, processes, moments.choice([0, 1, 1, 2]))
         time.sleep(moments.uniform(0.0, LONGEST_WAIT_S))
@@ -212,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--store", default="local", choices=["local", "s3"])
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
