@@ -145,8 +145,8 @@ def decoding(tokenizer: Any, num_images: int) -> dict[str, float]:
     return {
         "plan_ms": plan,
         "decode_ms": decode,
-        "of_64_ranks_each_ms_per_own_sample": ranks * plan + decode,
-        "if_each_decoded_all": ranks * (plan + decode),
+        "ms_per_own_sample_of_64_ranks": ranks * plan + decode,
+        "ms_if_each_decoded_all": ranks * (plan + decode),
     }
 
 
