@@ -6,6 +6,8 @@ and nothing heavy beyond Airflow itself.
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from airflow.sdk import DAG, Param, TaskGroup, get_current_context, task
 
 from operators.launchers import LAUNCHERS
@@ -68,7 +70,13 @@ def params(pipeline: Pipeline) -> dict[str, Param]:
     }
 
 
-@task(task_id=CREATE_RUN, doc="Resolve the recipe and enter the run into the lineage.")
+# A moment without the API server or the store is no reason to fail a run before it has begun.
+@task(
+    task_id=CREATE_RUN,
+    doc="Resolve the recipe and enter the run into the lineage.",
+    retries=2,
+    retry_delay=timedelta(seconds=5),
+)
 def create_run() -> str:
     return create_run_from_params(get_current_context()["params"])
 
