@@ -18,7 +18,7 @@ import httpx
 
 from operators.airflow_client import AirflowClient
 from operators.processes import free_ports
-from sailyard.cluster import STAGE_LABEL
+from sailyard.cluster import RUN_LABEL, STAGE_LABEL
 from tests.tools import tool
 
 RELEASE = "yard"
@@ -70,9 +70,9 @@ class Cluster:
 
     # --- stages --------------------------------------------------------------------------------
 
-    def jobs(self) -> dict[str, JSON]:
-        """Stage -> its newest Job."""
-        found = self.get("jobs", "-l", STAGE_LABEL)
+    def jobs(self, run: str = "") -> dict[str, JSON]:
+        """Stage -> its newest Job, of one run or of any."""
+        found = self.get("jobs", "-l", f"{RUN_LABEL}={run}" if run else STAGE_LABEL)
         found.sort(key=lambda job: job["metadata"]["creationTimestamp"])
         return {job["metadata"]["annotations"][STAGE_LABEL]: job for job in found}
 

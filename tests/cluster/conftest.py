@@ -2,8 +2,8 @@
 
 Images must be where the cluster finds them: SAILYARD_TEST_VALUES names a values file with theirs
 (by default the chart's examples/laptop.yaml: images loaded into the node by hand).
-SAILYARD_TEST_RECIPE=tiny runs the whole small recipe in place of micro, SAILYARD_TEST_KEEP=1 leaves
-everything there for a look.
+SAILYARD_TEST_RECIPE=tiny runs the whole small recipe in place of micro, SAILYARD_TEST_NODES=1
+trains on one node in place of two, SAILYARD_TEST_KEEP=1 leaves everything there for a look.
 """
 
 from __future__ import annotations
