@@ -9,8 +9,8 @@ lower rate; where the difference is noise it goes on as it was.
 The paper compares the window before the trial with the trial itself. Those are other samples, and
 the descent slows by itself: over ten steps both outweigh the effect (docs/log.md). With the window
 repeated neither is in the difference, and the noise that is left is measured (`faster_by`). The
-paper also lowers the rate at once when a larger one fails; that three times as much is too much
-does not say that half is better, so here a lower rate must win a trial as well (docs/log.md).
+paper also lowers the rate at once when a larger one fails; that three times is too much does not
+say that half is better, so here a lower rate must win a trial as well (docs/log.md).
 """
 
 from __future__ import annotations
