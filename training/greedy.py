@@ -20,7 +20,7 @@ from model.checkpoint import load_model
 from sailyard.samples import Sample, SampleReader
 from training.packing import collate_rows, on_device, pack_rows
 from training.soup import average
-from training.supervised import encoder
+from training.supervised import Encoder
 from training.world import join_world
 
 ROW_TOKENS = 2048
@@ -84,8 +84,8 @@ def token_loss(checkpoint: Path, samples: Sequence[Sample]) -> float:
     model, processor = load_model(checkpoint)
     device = join_world().device
     model.to(device).eval()
-    encode = encoder(processor)
-    encoded = [encode(sample) for sample in samples]
+    encoder = Encoder(processor)
+    encoded = [encoder.decode(sample, encoder(sample)) for sample in samples]
     lengths = [len(one.input_ids) for one in encoded]
     width = max(ROW_TOKENS, *lengths)
     total, count = 0.0, 0

@@ -32,8 +32,8 @@ Found = Iterator[Record | Rejected]
 SIDECAR_SUFFIXES = (".txt", ".caption", ".json")
 # Files that describe a data set and are no items of it.
 DESCRIPTIONS = (
-    "dataset_info.json", "dataset_dict.json", "state.json", "readme.md", "license",
-    "license.txt", ".gitattributes", ".ds_store", "thumbs.db",
+    "dataset_info.json", "dataset_dict.json", "state.json", "index.json", "readme.md",
+    "license", "license.txt", ".gitattributes", ".ds_store", "thumbs.db",
 )  # fmt: skip
 
 

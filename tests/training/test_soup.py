@@ -26,7 +26,7 @@ from training.soup import (
     soup_weights,
     write_record,
 )
-from training.supervised import encoder
+from training.supervised import Encoder
 
 RECORD = {"parent": "p", "recipe": {"lr": 1e-5, "betas": [0.9, 0.95]}, "data": {"mix": "m"}}
 
@@ -183,7 +183,7 @@ def test_the_stage_makes_a_greedy_soup_and_says_what_it_refused(tmp_path: Path) 
     # The packed rows give the loss that the samples give one by one.
     samples = validation_samples(materials["pictures"], 2)
     alone = [(token_loss(folders["a"], [s]), s) for s in samples]
-    encode = encoder(processor)
+    encoder = Encoder(processor)
     labels = [int(encode(s).loss_mask[1:].sum()) for s in samples]
     mean = sum(loss * n for (loss, _), n in zip(alone, labels, strict=True)) / sum(labels)
     assert greedy["loss"] == pytest.approx(mean, rel=1e-5)
