@@ -184,7 +184,7 @@ def test_the_stage_makes_a_greedy_soup_and_says_what_it_refused(tmp_path: Path) 
     samples = validation_samples(materials["pictures"], 2)
     alone = [(token_loss(folders["a"], [s]), s) for s in samples]
     encoder = Encoder(processor)
-    labels = [int(encode(s).loss_mask[1:].sum()) for s in samples]
+    labels = [int(encoder(s).loss_mask[1:].sum()) for s in samples]
     mean = sum(loss * n for (loss, _), n in zip(alone, labels, strict=True)) / sum(labels)
     assert greedy["loss"] == pytest.approx(mean, rel=1e-5)
     soup = load_file(ctx.output("checkpoint") / "model.safetensors")
