@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from operators.airflow_client import AirflowClient
+from sailyard.cluster import RUN_LABEL
 from tests.cluster.cluster import DAG, NAME, RELEASE, Cluster, wait_for
 
 RECIPE = os.environ.get("SAILYARD_TEST_RECIPE", "micro")
@@ -117,12 +118,12 @@ def test_a_cancelled_run_leaves_nothing_running(cluster: Cluster) -> None:
     with cluster.airflow() as client:
         asked = {"recipe": RECIPE, "overrides": OVERRIDES, "launcher": "kubernetes"}
         dag_run = client.trigger(DAG, {**asked, "start_from": FROM, "force": True})
+        run = wait_for("the run", lambda: client.returned(DAG, dag_run, "create_run"))
+        wait_for("its Job", lambda: cluster.jobs(run))
         cluster.running_pod("pretraining.basic")
         client.fail_run(DAG, dag_run)
-    wait_for("the Job's end", lambda: "pretraining.basic" not in cluster.jobs(), 180)
-    wait_for("its pods' end", lambda: not cluster.stage_pods("pretraining.basic"), 180)
-    running = [job for job in cluster.jobs().values() if job["status"].get("active")]
-    assert not running
+    wait_for("the Job's end", lambda: not cluster.jobs(run), 180)
+    wait_for("its pods' end", lambda: not cluster.get("pods", "-l", f"{RUN_LABEL}={run}"), 180)
 
 
 def test_ended_jobs_are_removed_when_asked(cluster: Cluster) -> None:
