@@ -76,8 +76,9 @@ class Cluster:
         found.sort(key=lambda job: job["metadata"]["creationTimestamp"])
         return {job["metadata"]["annotations"][STAGE_LABEL]: job for job in found}
 
-    def stage_pods(self, stage: str) -> list[JSON]:
-        found = self.get("pods", "-l", f"{STAGE_LABEL}={stage}")
+    def stage_pods(self, stage: str, run: str = "") -> list[JSON]:
+        of_run = f",{RUN_LABEL}={run}" if run else ""
+        found = self.get("pods", "-l", f"{STAGE_LABEL}={stage}{of_run}")
         return sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
 
     def running_pod(self, stage: str, seconds: float = 900) -> str:

@@ -68,7 +68,7 @@ def test_jobs_begin_soon_after_their_pods_and_follow_each_other(cluster: Cluster
     jobs, steps = cluster.jobs(found["run"]), cluster.first_steps(found["run"])
     waits = []
     for stage, at in steps.items():
-        pods = cluster.stage_pods(stage)
+        pods = cluster.stage_pods(stage, found["run"])
         states = [p["status"]["containerStatuses"][0]["state"]["terminated"] for p in pods]
         began = max(_time(state["startedAt"]) for state in states)
         waits.append((round((_time(at) - began).total_seconds(), 1), stage))
