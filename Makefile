@@ -9,6 +9,8 @@ RECIPE ?= tiny
 DATA ?=
 EXIT ?=
 PYTEST_ARGS ?=
+# Test files side by side. Many start processes of their own, so more than one per two cores is slow.
+WORKERS ?= 2
 
 .PHONY: help install demo test test-cluster lint format types contracts unit results clean
 
@@ -54,7 +56,7 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-cluster: $(STAMP)
 	SAILYARD_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster -x -v -s $(PYTEST_ARGS)

@@ -6,22 +6,24 @@ Two questions, on the mixes of `benchmarks.mix`:
    (best-fit-decreasing, `pip install --no-deps trl datasets dill multiprocess xxhash`) and plain
    first-fit in arrival order. TRL packs a stored set, a thousand samples at a time; the stream
    sees `LOOK_AHEAD` samples ahead. All get the same samples.
-2. What is that worth? Training steps (forward and backward, fp32, CPU) of a small network with the
-   layout of ours, of batches that may hold `SLOTS_ROWS` rows of `seq_len` token slots at most:
-   the memory of every arm is the same. Three ways to fill them:
+2. What is that worth? Training steps (forward and backward, fp32, CPU) of batches that may hold
+   `SLOTS_ROWS` rows of `seq_len` token slots at most: the memory of every arm is the same. Ways to
+   fill them:
 
    - packed: that many rows by the stream's rule.
-   - padded: a fixed number of consecutive samples, padded to the longest among them. The number is
-     what a trainer's batch size must be for the mix's longest sample to fit beside its equals: more
-     would run out of memory on the batch in which they meet.
-   - padded, token budget: consecutive samples while the longest times their number fits, so that
-     batches of short samples hold more of them. Fewer trainers do this; it needs a loss that is
-     normalised over unequal batches.
+   - padded: a fixed number of consecutive samples, padded to the longest among them, attention by
+     torch's sdpa with a padding mask: what a trainer that pads does by default. The number is what
+     its batch size must be for the mix's longest sample to fit beside its equals: more would run
+     out of memory on the batch in which they meet.
+   - padded, attention unpadded: the same, but attention never sees padding, as with flash kernels.
+   - padded, token budget: attention unpadded, and consecutive samples while the longest times their
+     number fits, so that batches of short samples hold more of them. Fewer trainers do this; it
+     needs a loss that is normalised over unequal batches.
 
-   Attention never sees padding in any of them, so the gain is what padding costs the rest of the
-   network, and what small batches cost. Lengths are the mix's divided by `SHRINK`, which leaves
-   every ratio between them as it is. The arms alternate; a speed is all tokens over all seconds,
-   because the arms' steps differ in length.
+   The network is 2B's decoder with every width divided by `SHRINK` and so are the mix's lengths, so
+   that projections, attention and output layer cost the shares that they cost in 2B; only text has
+   labels. The tower is left out: it sees no padding in any arm. The arms alternate; a speed is all
+   tokens over all seconds, because the arms' steps differ in length.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.mix import LONGCOT, MULTITASK, Kind, describe, draw
+from model.attention import BACKEND
 from model.checkpoint import build_language
 from model.config import language_config_of
-from model.language import language_forward
+from model.language import IGNORE, language_forward
 from sailyard.recipe import load_recipe
 from training.packing import fill_row
 
@@ -146,30 +150,62 @@ def budget_batches(lengths: Sequence[int], slots: int) -> Rows:
     return batches
 
 
-def measure_training(lengths: Sequence[int], seq_len: int, steps: int) -> dict[str, Any]:
-    """Tokens per second of training steps, packed and padded, in turns."""
+def network(backend: str) -> PreTrainedModel:
+    """2B's decoder, widths divided by SHRINK; four layers, and the output layer's share kept."""
+    full = load_recipe("2b").model.language
+    layers = 4
+    section = full.model_copy(
+        update={
+            "num_layers": layers,
+            "hidden_size": full.hidden_size // SHRINK,
+            "intermediate_size": full.intermediate_size // SHRINK,
+            # Heads as wide as CPU kernels like them; their number times their width is 2B's / 8.
+            "num_heads": full.num_heads // 4,
+            "num_kv_heads": full.num_kv_heads // 4,
+            "head_dim": full.head_dim * 4 // SHRINK,
+            "vocab_size": full.vocab_size // SHRINK * layers // full.num_layers,
+        }
+    )
     torch.manual_seed(0)
-    torch.set_num_threads(2)
-    section = load_recipe("tiny").model.language
     model = build_language(language_config_of(section)).train()
+    model.set_attn_implementation(backend)
+    return model
+
+
+def measure_training(
+    lengths: Sequence[int], seq_len: int, steps: int, text_share: float
+) -> dict[str, Any]:
+    """Tokens per second of training steps, packed and padded, in turns.
+
+    Args:
+        text_share: of the tokens, which have labels.
+    """
+    torch.set_num_threads(2)
     small = [max(length // SHRINK, 2) for length in lengths]
     width = seq_len // SHRINK
     slots = SLOTS_ROWS * width
     rows = stream_rows(small, width)
+    fixed = [_padded(batch) for batch in fixed_batches(small, slots, max(small))]
     arms: dict[str, list[torch.Tensor]] = {
         "packed": [
             _packed(rows[i : i + SLOTS_ROWS], width) for i in range(0, len(rows), SLOTS_ROWS)
         ],
-        "padded": [_padded(batch) for batch in fixed_batches(small, slots, max(small))],
+        "padded": fixed,
+        "padded, attention unpadded": fixed,
         "padded, token budget": [_padded(batch) for batch in budget_batches(small, slots)],
     }
+    models = {arm: network("sdpa" if arm == "padded" else BACKEND) for arm in arms}
 
-    def seconds(segments: torch.Tensor) -> float:
-        ids = torch.randint(0, section.vocab_size, segments.shape)
-        labels = torch.where(segments > 0, ids, -100)
+    def seconds(model: PreTrainedModel, segments: torch.Tensor) -> float:
+        ids = torch.randint(0, model.config.vocab_size, segments.shape)
+        labelled = (segments > 0) & (torch.rand(segments.shape) < text_share)
         started = time.perf_counter()
-        embeds = model.get_input_embeddings()(ids)
-        output = language_forward(model, embeds, attention_mask=segments, labels=labels)
+        output = language_forward(
+            model,
+            model.get_input_embeddings()(ids),
+            attention_mask=segments,
+            labels=torch.where(labelled, ids, IGNORE),
+        )
         assert output.loss is not None
         output.loss.backward()
         model.zero_grad()
@@ -179,7 +215,7 @@ def measure_training(lengths: Sequence[int], seq_len: int, steps: int) -> dict[s
     for number in range(-2, steps):  # the first ones warm up
         for arm, batches in arms.items():
             batch = batches[number % len(batches)]
-            took = seconds(batch)
+            took = seconds(models[arm], batch)
             if number >= 0:
                 tokens[arm] += int((batch > 0).sum())
                 spent[arm] += took
@@ -187,7 +223,7 @@ def measure_training(lengths: Sequence[int], seq_len: int, steps: int) -> dict[s
     return {
         "slots": slots,
         "steps": steps,
-        "batch_size_padded": arms["padded"][0].shape[0],
+        "batch_size_padded": fixed[0].shape[0],
         "fill": {
             arm: sum(int((b > 0).sum()) for b in batches) / sum(b.numel() for b in batches)
             for arm, batches in arms.items()
@@ -232,12 +268,15 @@ def main() -> None:
     for name, (kinds, seq_len) in SETTINGS.items():
         drawn = draw(kinds, arguments.samples, any_resolution=False)
         lengths = [sample.tokens for sample in drawn if sample.tokens <= seq_len]
+        mix = describe(drawn)
         found[name] = {
             "seq_len": seq_len,
-            "mix": describe(drawn),
+            "mix": mix,
             "too_long": len(drawn) - len(lengths),
             "packers": compare_packers(lengths, seq_len),
-            "training": measure_training(lengths, seq_len, arguments.steps),
+            "training": measure_training(
+                lengths, seq_len, arguments.steps, 1.0 - float(mix["visual_share"])
+            ),
         }
     if arguments.json:
         print(json.dumps(found, indent=2))

@@ -14,6 +14,10 @@ from tests.s3 import s3_server, s3_settings, settings
 
 __all__ = ["s3_server", "s3_settings", "settings"]
 
+# Two processes whose threads wait by spinning take each other's cores, many times over. Read when
+# torch is loaded, by everything that the tests start as well.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Airflow reads its place when it is imported, so this cannot wait for a fixture.
 _AIRFLOW_HOME = tempfile.mkdtemp(prefix="sailyard-airflow-")
 atexit.register(shutil.rmtree, _AIRFLOW_HOME, ignore_errors=True)
