@@ -13,15 +13,13 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException, Airfl
 
 from operators.launchers import JobState, Launcher, StageJob, make_launcher
 from operators.run_task import CREATE_RUN
-from operators.stage_trigger import StageTrigger
+from operators.stage_trigger import StageTrigger, summary
 from sailyard.runs import load_run, reuse_result, stage_log, stage_result
 from sailyard.yard import Yard
 
 if TYPE_CHECKING:
     from airflow.sdk import Context
     from airflow.sdk.types import TaskInstanceKey
-
-    from sailyard.stage.results import StageResult
 
 # Airflow escalates to SIGKILL five seconds after its SIGTERM; be done before.
 CANCEL_GRACE_S = 4.0
@@ -101,21 +99,24 @@ class StageOperator(BaseOperator):
         result = reuse_result(self.run, self.stage, yard)
         if result is not None:
             self.log.info("%s: reused the finished result %s", self.stage, result.cache_key[:12])
-            return _summary(result)
+            return summary(result)
         launcher = make_launcher(self.launcher)
         if launcher.detached:
             return self._detach(launcher, context)
         self._launch(launcher)
         return self._finished(yard)
 
-    def resume(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+    def resume(self, context: Context, event: dict[str, Any] | str) -> dict[str, Any]:
         """Take up the task again when its job has ended; returns and raises as ``execute``.
 
         Args:
             context: Of the task.
-            event: The trigger's.
+            event: The trigger's. A string only under ``dag.test``, which resumes tasks that the
+                trigger has ended.
         """
         yard = Yard()
+        if isinstance(event, str):
+            return self._finished(yard)
         if not event["log_read"]:
             self.log.info("the log of %s, from the store:", self.stage)
             for line in stage_log(self.run, self.stage, yard=yard).splitlines():
@@ -152,14 +153,14 @@ class StageOperator(BaseOperator):
         self.log.info("%s: %s", self.stage, handle)
         state = launcher.status(handle)
         if state in (JobState.WAITING, JobState.RUNNING):
-            self.defer(trigger=StageTrigger(handle), method_name="resume")
+            self.defer(trigger=StageTrigger(handle, self.run, self.stage), method_name="resume")
         return self.resume(context, {"state": state, "reason": "", "log_read": False})
 
     def _conclude(self, state: JobState, reason: str, yard: Yard) -> dict[str, Any]:
         """The outcome by ``result.json``, which is written last; else by how the job ended."""
         result = stage_result(self.run, self.stage, yard)
         if result is not None and result.finished:
-            return _summary(result)
+            return summary(result)
         if result is not None and result.status == "failed":
             reason = result.error or reason
         self._raise_unless_succeeded(state, reason)
@@ -175,13 +176,4 @@ class StageOperator(BaseOperator):
         result = stage_result(self.run, self.stage, yard)
         if result is None or not result.finished:
             raise AirflowFailException(f"{self.stage} ended well but wrote no finished result")
-        return _summary(result)
-
-
-def _summary(result: StageResult) -> dict[str, Any]:
-    return {
-        "cached": result.cached,
-        "cache_key": result.cache_key,
-        "outputs": dict(result.outputs),
-        "seconds": result.seconds,
-    }
+        return summary(result)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from airflow.sdk.exceptions import AirflowFailException, TaskDeferred
+from airflow.triggers.base import TaskSuccessEvent, TriggerEvent
 
 from dags.sail_vl2 import build_dag
 from operators.launchers import kubernetes, kubernetes_follow
@@ -61,13 +62,17 @@ def deferred(operator: StageOperator) -> StageTrigger:
     return trigger
 
 
-def event_of(trigger: StageTrigger) -> dict[str, Any]:
-    async def first() -> dict[str, Any]:
+def raw_event(trigger: StageTrigger) -> TriggerEvent:
+    async def first() -> TriggerEvent:
         async for event in trigger.run():
-            return dict(event.payload)
+            return event
         raise AssertionError("no event")
 
     return asyncio.run(asyncio.wait_for(first(), 20))
+
+
+def event_of(trigger: StageTrigger) -> dict[str, Any]:
+    return dict(raw_event(trigger).payload)
 
 
 def run_the_stage(operator: StageOperator) -> str:
@@ -85,16 +90,35 @@ def test_a_stage_is_waited_for_elsewhere_and_its_result_taken_from_the_store(
     cluster.say(pod, *run_the_stage(operator).splitlines(), "the last line")
     cluster.close_log(pod)
     cluster.end(trigger.handle, "Complete", "CompletionsReached", succeeded=1)
-    event = event_of(trigger)
-    assert event == {"state": "succeeded", "reason": "", "log_read": True}
+    event = raw_event(trigger)
+    assert isinstance(event, TaskSuccessEvent)
     assert "the last line" in capsys.readouterr().out
-    summary = operator.resume(CONTEXT, event)
+    assert event.xcoms is not None
+    summary = event.xcoms["return_value"]
+    assert isinstance(summary, dict)
     assert summary["outputs"]
     assert summary["cached"] is False
     # State first: a task that is tried again does not defer, and makes no request.
     before = len(cluster.requests)
     assert operator.execute(CONTEXT)["outputs"] == summary["outputs"]
     assert len(cluster.requests) == before
+
+
+def test_a_result_that_cannot_be_read_is_asked_for_again_by_the_task(
+    cluster: FakeCluster, operator: StageOperator
+) -> None:
+    trigger = deferred(operator)
+    pod = cluster.add_pod(trigger.handle, 0, "aaaaa")
+    cluster.say(pod, *run_the_stage(operator).splitlines())
+    cluster.close_log(pod)
+    cluster.end(trigger.handle, "Complete", "CompletionsReached", succeeded=1)
+    store, key = Yard().store, run_key(operator.run, STAGE)
+    whole = store.get(key)
+    store.put(key, whole[:20])
+    event = event_of(trigger)
+    store.put(key, whole)
+    assert event == {"state": "succeeded", "reason": "", "log_read": True}
+    assert operator.resume(CONTEXT, event)["outputs"]
 
 
 def test_the_dag_runs_on_a_cluster(cluster: FakeCluster) -> None:
