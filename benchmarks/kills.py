@@ -52,9 +52,7 @@ SETTINGS = {
     "optimizer": "adamw",
     "activation_checkpointing": "false",
 }
-SHARD_SIZE = (
-    6  # samples: the datasets are small and must have several blocks of shards all the same
-)
+SHARD_SIZE = 6  # samples, so that these small datasets have several blocks of shards all the same
 SHARE_OF_SIGKILL = 0.7
 LONGEST_WAIT_S = 0.6  # about three steps, or in the midst of starting
 

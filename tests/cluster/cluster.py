@@ -184,8 +184,8 @@ class Cluster:
             "import json; from sqlalchemy import text; from sailyard.yard import Yard\n"
             "with Yard().database.read() as session:\n"
             "    rows = session.execute(text('select s.stage, min(m.at) from metrics m join "
-            "stage_runs s on s.id = m.stage_run_id where s.run_id = :run and m.name = :name "
-            f"group by s.stage'), {{'run': {run!r}, 'name': 'loss'}}).all()\n"
+            "stage_runs s on s.id = m.stage_run_id where s.run_id = :run and m.name like :name "
+            f"group by s.stage'), {{'run': {run!r}, 'name': '%loss'}}).all()\n"
             "print(json.dumps({stage: str(at) for stage, at in rows}))"
         )
         found: dict[str, str] = self.python(code)
