@@ -129,7 +129,8 @@ def test_a_cancelled_run_leaves_nothing_running(cluster: Cluster) -> None:
 def test_ended_jobs_are_removed_when_asked(cluster: Cluster) -> None:
     cluster.inside("sailyard", "doctor", "--cluster", "--remove-leftovers", seconds=300)
     wait_for("no Job of a stage", lambda: not cluster.jobs(), 180)
-    assert not cluster.get("services", "-l", "app.kubernetes.io/managed-by=sailyard")
+    ours = ("-l", "app.kubernetes.io/managed-by=sailyard")
+    wait_for("no Service of a stage", lambda: not cluster.get("services", *ours), 60)
 
 
 # --- promotion -----------------------------------------------------------------------------------
