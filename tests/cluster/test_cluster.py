@@ -253,7 +253,9 @@ def test_uninstalling_keeps_the_data(cluster: Cluster) -> None:
     assert {claim["metadata"]["name"] for claim in cluster.get("pvc")} == before
     kept = {secret["metadata"]["name"] for secret in cluster.get("secrets")}
     assert {f"{NAME}-yard", f"{NAME}-airflow", f"{NAME}-postgresql"} <= kept
-    wait_for("no pod", lambda: not cluster.get("pods", "-l", "app.kubernetes.io/name=sailyard"))
+    # What is left is the pod of `helm test`, which has ended.
+    running = ("-l", "app.kubernetes.io/name=sailyard", "--field-selector=status.phase=Running")
+    wait_for("no running pod", lambda: not cluster.get("pods", *running))
     cluster.install("install")
     current = cluster.python(
         "import json; from sailyard.yard import Yard; "
