@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,6 @@ def _execute(
         print(f"{stage.name}: cached", flush=True)
         return EXIT_OK
     run.check_may_run(stage.name)
-    # A stage's libraries take seconds to load; the store and the database are asked meanwhile.
-    threading.Thread(target=_load_ahead, args=(stage.entry,), daemon=True).start()
     inputs = results.input_digests(stage)
     key = results.key(stage)
     with _only_builder(yard, stage.name, key, stop):
@@ -350,11 +348,6 @@ def load_entry(entry: str) -> Callable[[StageContext], None]:
         raise StageError(f"module {module_name!r} has no {function_name!r}")
     loaded: Callable[[StageContext], None] = function
     return loaded
-
-
-def _load_ahead(entry: str) -> None:
-    with suppress(Exception):  # the stage itself will run into it, and tell
-        load_entry(entry)
 
 
 def restore(yard: Yard, run: Run, stage: Stage, result: StageResult) -> None:
