@@ -7,8 +7,8 @@ Two questions, on the mixes of `benchmarks.mix`:
    first-fit in arrival order. TRL packs a stored set, a thousand samples at a time; the stream
    sees `LOOK_AHEAD` samples ahead. All get the same samples.
 2. What is that worth? Training steps (forward and backward, fp32, CPU) of batches that may hold
-   `SLOTS_ROWS` rows of `seq_len` token slots at most: the memory of every arm is the same. Ways to
-   fill them:
+   `--rows` rows of `seq_len` token slots at most: the memory of every arm is the same. The more
+   rows, the more there is to pad to. Ways to fill them:
 
    - packed: that many rows by the stream's rule.
    - padded: a fixed number of consecutive samples, padded to the longest among them, attention by
@@ -48,8 +48,6 @@ from training.packing import fill_row
 
 LOOK_AHEAD = 256
 SHRINK = 8
-SLOTS_ROWS = 4
-"""Rows of seq_len that a batch of any arm may hold."""
 SETTINGS: dict[str, tuple[Sequence[Kind], int]] = {
     "multitask": (MULTITASK, 8192),
     "longcot": (LONGCOT, 20_480),
@@ -173,23 +171,22 @@ def network(backend: str) -> PreTrainedModel:
 
 
 def measure_training(
-    lengths: Sequence[int], seq_len: int, steps: int, text_share: float
+    lengths: Sequence[int], seq_len: int, num_rows: int, steps: int, text_share: float
 ) -> dict[str, Any]:
     """Tokens per second of training steps, packed and padded, in turns.
 
     Args:
+        num_rows: of seq_len, which a batch of any arm may hold.
         text_share: of the tokens, which have labels.
     """
     torch.set_num_threads(2)
     small = [max(length // SHRINK, 2) for length in lengths]
     width = seq_len // SHRINK
-    slots = SLOTS_ROWS * width
+    slots = num_rows * width
     rows = stream_rows(small, width)
     fixed = [_padded(batch) for batch in fixed_batches(small, slots, max(small))]
     arms: dict[str, list[torch.Tensor]] = {
-        "packed": [
-            _packed(rows[i : i + SLOTS_ROWS], width) for i in range(0, len(rows), SLOTS_ROWS)
-        ],
+        "packed": [_packed(rows[i : i + num_rows], width) for i in range(0, len(rows), num_rows)],
         "padded": fixed,
         "padded, attention unpadded": fixed,
         "padded, token budget": [_padded(batch) for batch in budget_batches(small, slots)],
@@ -228,7 +225,7 @@ def measure_training(
             arm: sum(int((b > 0).sum()) for b in batches) / sum(b.numel() for b in batches)
             for arm, batches in arms.items()
         },
-        # How the choice of SLOTS_ROWS bears on it: fill of padded batches of so many samples.
+        # How the choice of num_rows bears on it: fill of padded batches of so many samples.
         "fill_padded_by_batch_size": {
             size: sum(sum(b) for b in batches) / sum(len(b) * max(b) for b in batches)
             for size in (1, 2, 4, 8, 16, 32)
@@ -261,11 +258,14 @@ def main() -> None:
     """Run both mixes; print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--mix", choices=[*SETTINGS], nargs="+", default=[*SETTINGS])
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
-    for name, (kinds, seq_len) in SETTINGS.items():
+    for name in arguments.mix:
+        kinds, seq_len = SETTINGS[name]
         drawn = draw(kinds, arguments.samples, any_resolution=False)
         lengths = [sample.tokens for sample in drawn if sample.tokens <= seq_len]
         mix = describe(drawn)
@@ -275,7 +275,7 @@ def main() -> None:
             "too_long": len(drawn) - len(lengths),
             "packers": compare_packers(lengths, seq_len),
             "training": measure_training(
-                lengths, seq_len, arguments.steps, 1.0 - float(mix["visual_share"])
+                lengths, seq_len, arguments.rows, arguments.steps, 1.0 - float(mix["visual_share"])
             ),
         }
     if arguments.json:
