@@ -112,7 +112,7 @@ def calibrate(calibrator: ExpertCalibrator, batches: PackedStream, steps: int, l
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Train, measure, calibrate, measure."""
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # the figures in the docs are of one thread
     torch.manual_seed(options.seed)
     shape = shape_of(options.experts)
     rng = np.random.default_rng(options.seed)
@@ -169,7 +169,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--calibration-steps", type=int, default=40)
     parser.add_argument("--calibration-lr", type=float, default=3e-3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)

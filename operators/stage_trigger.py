@@ -35,9 +35,9 @@ class StageTrigger(BaseTrigger):
         run: Id of the pipeline run.
         stage: Name of the stage.
 
-    Its only event ends the task at once when the stage has finished and its log is complete: taking
-    a worker for that costs two seconds between any two stages. Otherwise the task resumes with a
-    dict: "state" (a ``JobState``), "reason" (text), "log_read" (whether all of rank 0's lines are
+    Its only event ends the task at once when the stage has finished and its log is complete: a
+    worker that starts for that alone keeps the next stage waiting. Otherwise the task resumes with
+    a dict: "state" (a ``JobState``), "reason" (text), "log_read" (whether all of rank 0's lines are
     in the task's log).
     """
 
