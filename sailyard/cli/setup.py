@@ -18,16 +18,15 @@ _PAUSE_SECONDS = 2.0
 
 def setup(
     wait: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for servers that are not up yet.")
+        float, typer.Option(min=0, help="Seconds to wait for a server that is not up yet.")
     ] = 0.0,
 ) -> None:
     """Create the store's bucket if it is missing, and bring the database's schema up to date."""
     from sailyard.yard import Yard
 
     yard = Yard()
-    deadline = time.monotonic() + wait
-    _until(yard, lambda: _bucket(yard), deadline)
-    _until(yard, lambda: yard.registry.aliases(), deadline)
+    _until(yard, lambda: _bucket(yard), wait)
+    _until(yard, lambda: yard.registry.aliases(), wait)
     console.print("store and database are ready", highlight=False)
 
 
@@ -38,17 +37,24 @@ def _bucket(yard: Yard) -> None:
         yard.store.create_bucket()
 
 
-def _until(yard: Yard, attempt: Callable[[], object], deadline: float) -> None:
-    """Try again while servers are away. The last error is what is told."""
+def _until(yard: Yard, attempt: Callable[[], object], wait: float) -> None:
+    """Try again while a server is away, for ``wait`` seconds after it was first found so.
+
+    Until then nobody has waited for it: clients load and time out, which may take as long. The
+    last error is what is told.
+    """
     from sailyard.artifacts.objects import StoreError
     from sailyard.lineage.database import DatabaseError
 
+    deadline: float | None = None
     while True:
         try:
             attempt()
             return
         except (StoreError, DatabaseError) as error:
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            deadline = now + wait if deadline is None else deadline
+            if now >= deadline:
                 raise
             text = yard.redact(f"waiting: {error}")
             console.print(text, markup=False, highlight=False, soft_wrap=True)
