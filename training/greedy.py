@@ -18,8 +18,8 @@ import torch
 
 from model.checkpoint import load_model
 from sailyard.samples import Sample, SampleReader
+from training.averaging import average
 from training.packing import collate_rows, on_device, pack_rows
-from training.soup import average
 from training.supervised import Encoder
 from training.world import join_world
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from model.checkpoint import load_model, save_model
 from sailyard.stage import StageContext
-from training.soup import write_record
+from training.averaging import write_record
 from training.supervised import SupervisedRun
 
 

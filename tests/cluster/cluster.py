@@ -81,17 +81,21 @@ class Cluster:
         found = self.get("pods", "-l", f"{STAGE_LABEL}={stage}{of_run}")
         return sorted(found, key=lambda pod: pod["metadata"]["creationTimestamp"])
 
-    def running_pod(self, stage: str, seconds: float = 900) -> str:
+    def running_pod(self, stage: str, seconds: float = 2400) -> str:
         """Name of a pod of the stage that has begun to log steps."""
 
-        def look() -> str:
-            for pod in reversed(self.stage_pods(stage)):
-                name = str(pod["metadata"]["name"])
-                if pod["status"]["phase"] == "Running" and " 1/" in self.kubectl("logs", name):
-                    return name
-            return ""
+        def in_phase(*phases: str) -> list[str]:
+            pods = reversed(self.stage_pods(stage))
+            return [p["metadata"]["name"] for p in pods if p["status"]["phase"] in phases]
 
-        return wait_for(f"steps of {stage}", look, seconds, pause=0.5)
+        def stepping() -> str:
+            running = in_phase("Running")
+            return next((name for name in running if " 1/" in self.kubectl("logs", name)), "")
+
+        # Steps of a small recipe pass in a second; looking that often until the stage's turn comes
+        # would take a core from the stages before it.
+        wait_for(f"a pod of {stage}", lambda: in_phase("Pending", "Running"), seconds, pause=4)
+        return wait_for(f"steps of {stage}", stepping, seconds, pause=0.5)
 
     def evict(self, pod: str) -> None:
         body = {

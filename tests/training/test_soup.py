@@ -17,15 +17,9 @@ from sailyard.recipe import load_recipe
 from sailyard.stage import StageContext
 from tests.model import tiny
 from tests.training.materials import make_materials
+from training.averaging import HeterogeneousSoup, average, check_homogeneous, write_record
 from training.greedy import choose, token_loss, validation_samples
-from training.soup import (
-    HeterogeneousSoup,
-    average,
-    check_homogeneous,
-    run,
-    soup_weights,
-    write_record,
-)
+from training.soup import run, soup_weights
 from training.supervised import Encoder
 
 RECORD = {"parent": "p", "recipe": {"lr": 1e-5, "betas": [0.9, 0.95]}, "data": {"mix": "m"}}
@@ -98,7 +92,7 @@ def test_weights_must_be_of_all_ingredients() -> None:
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
-from training.soup import average
+from training.averaging import average
 folders = {name: Path(name) for name in ("a", "b", "c")}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 average(folders, dict.fromkeys(folders, 1.0), Path("soup"), shard_bytes=32 << 20)

@@ -24,6 +24,7 @@ from model.checkpoint import load_model, save_model
 from model.modeling import SailVLForConditionalGeneration, part_digests
 from sailyard.recipe import RLRecipe
 from sailyard.stage import RankDone, StageContext
+from training.averaging import write_record
 from training.engine import StepResult
 from training.guard import Diverged, Guard, within_memory
 from training.loop import TrainingLoop
@@ -40,7 +41,6 @@ from training.rl.rollouts import (
     sample_replies,
     score_replies,
 )
-from training.soup import write_record
 
 WARMUP_SHARE = 0.1
 """Share of the steps in which the rate climbs; constant afterwards (our choice)."""
