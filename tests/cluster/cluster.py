@@ -95,7 +95,7 @@ class Cluster:
         # Steps of a small recipe pass in a second; looking that often until the stage's turn comes
         # would take a core from the stages before it.
         wait_for(f"a pod of {stage}", lambda: in_phase("Pending", "Running"), seconds, pause=4)
-        return wait_for(f"steps of {stage}", stepping, seconds, pause=0.5)
+        return str(wait_for(f"steps of {stage}", stepping, seconds, pause=0.5))
 
     def evict(self, pod: str) -> None:
         body = {
