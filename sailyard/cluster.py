@@ -62,6 +62,9 @@ JOBSET = Kind("jobset.x-k8s.io", "v1alpha2", "jobsets", "JobSet", "SAILYARD_CLUS
 RAYJOB = Kind("ray.io", "v1", "rayjobs", "RayJob", "SAILYARD_CLUSTER_RAY_WORKERS")
 KINDS = {kind.plural: kind for kind in (JOB, JOBSET, RAYJOB)}
 
+WORKLOAD = Kind("kueue.x-k8s.io", "v1beta2", "workloads", "Workload", "SAILYARD_CLUSTER_QUEUE")
+"""What Kueue makes of each object in its queues; no stage is one."""
+
 RIGHTS = (
     Right("batch", "jobs", "create", "a stage is a Job"),
     Right("batch", "jobs", "get", "its conditions say how it is doing; finding it again"),
@@ -80,6 +83,10 @@ RIGHTS = (
 JOBSET_RIGHTS, RAYJOB_RIGHTS = (
     tuple(Right(kind.group, kind.plural, r.verb, r.why) for r in RIGHTS if r.resource == "jobs")
     for kind in (JOBSET, RAYJOB)
+)
+
+QUEUE_RIGHTS = (
+    Right(WORKLOAD.group, WORKLOAD.plural, "list", "why Kueue has not admitted a stage yet"),
 )
 
 
@@ -180,4 +187,5 @@ class ClusterSettings(BaseSettings):
     def rights(self) -> tuple[Right, ...]:
         """What must be allowed under these settings."""
         more = {JOBSET: JOBSET_RIGHTS, RAYJOB: RAYJOB_RIGHTS}
-        return (*RIGHTS, *(right for kind in self.kinds for right in more.get(kind, ())))
+        of_kinds = (right for kind in self.kinds for right in more.get(kind, ()))
+        return (*RIGHTS, *of_kinds, *(QUEUE_RIGHTS if self.queue else ()))

@@ -20,6 +20,9 @@ from sailyard.stage.errors import EXIT_FAILED
 
 GONE = "the {} is gone: deleted by hand, or by its time to live"
 
+WORKLOAD_OF = "kueue.x-k8s.io/job-uid"
+"""Label of Kueue's Workload with the uid of what it stands for."""
+
 PODS_OF = {JOB: JOB_NAME, JOBSET: JOBSET_NAME, RAYJOB: OBJECT}
 """Kind -> label of its pods with its name."""
 
@@ -86,7 +89,14 @@ def has_ended(state: JobState) -> bool:
     return state not in (JobState.WAITING, JobState.RUNNING)
 
 
-def explain(kind: Kind, state: JobState, found: Any, pods: Iterable[Any], queue: str) -> str:
+def explain(
+    kind: Kind,
+    state: JobState,
+    found: Any,
+    pods: Iterable[Any],
+    queue: str,
+    workloads: Iterable[Any] = (),
+) -> str:
     """In words: how the stage failed, or what it waits for; "" while all is well.
 
     Args:
@@ -95,13 +105,14 @@ def explain(kind: Kind, state: JobState, found: Any, pods: Iterable[Any], queue:
         found: The object, or None.
         pods: Its pods, the oldest first.
         queue: Kueue's queue of the settings, or "".
+        workloads: What Kueue made of the object, as its API has it.
     """
     if state is JobState.FAILED or (state is JobState.INTERRUPTED and _has_failed(found)):
         return _failure(found, pods)
     if state is JobState.INTERRUPTED:
         return GONE.format(kind.name)
     if state is JobState.WAITING:
-        return _waits_for(kind, found, pods, queue)
+        return _waits_for(kind, found, pods, queue, workloads)
     return ""
 
 
@@ -191,18 +202,25 @@ def _deadline(spec: Any) -> int:
     return int(spec["activeDeadlineSeconds"])
 
 
-def _waits_for(kind: Kind, found: Any, pods: Iterable[Any], queue: str) -> str:
+def _waits_for(
+    kind: Kind, found: Any, pods: Iterable[Any], queue: str, workloads: Iterable[Any]
+) -> str:
     if found["spec"].get("suspend"):
-        return (
-            f"in Kueue's queue {queue}, not admitted yet"
-            if queue
-            else f"the {kind.name} is suspended; somebody must resume it"
-        )
+        if not queue:
+            return f"the {kind.name} is suspended; somebody must resume it"
+        why = [reason for workload in workloads if (reason := _not_admitted(workload))]
+        return ": ".join([f"in Kueue's queue {queue}, not admitted yet", *why[-1:]])
     known = list(pods)
     for pod in known:
         if reason := _pod_waits_for(pod):
             return f"{pod.metadata.name}: {reason}"
     return "its pods are starting" if known else "its pods do not exist yet"
+
+
+def _not_admitted(workload: Any) -> str:
+    conditions = {c["type"]: c for c in workload.get("status", {}).get("conditions", [])}
+    quota = conditions.get("QuotaReserved", {})
+    return str(quota.get("message", "")) if quota.get("status") == "False" else ""
 
 
 def _pod_waits_for(pod: Any) -> str:

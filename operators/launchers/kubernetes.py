@@ -17,7 +17,7 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from operators.launchers.base import JobState, StageJob
-from operators.launchers.job_status import PODS_OF, by_age, explain, has_ended, job_state
+from operators.launchers.job_status import has_ended, job_state
 from operators.launchers.jobset_manifest import jobset_manifest
 from operators.launchers.kubernetes_follow import JobFollower, connect_async
 from operators.launchers.manifests import (
@@ -95,18 +95,6 @@ class KubernetesLauncher:
         """Where the stage is, by its object's status; one that is gone was interrupted."""
         kind, name, uid = split_handle(handle)
         return job_state(kind, self._read(kind, name), uid)
-
-    def reason(self, handle: str) -> str:
-        """In words: how the stage failed, or what it waits for; "" while all is well."""
-        kind, name, uid = split_handle(handle)
-        found = self._read(kind, name)
-        listed = patiently(
-            lambda: self._core.list_namespaced_pod(
-                self.cluster.namespace, label_selector=f"{PODS_OF[kind]}={name}", **_timeout()
-            )
-        )
-        state = job_state(kind, found, uid)
-        return explain(kind, state, found, by_age(listed.items), self.cluster.queue)
 
     def logs(self, handle: str) -> Iterator[str]:
         """Lines of rank 0 as they come, of its pod and of those that replace it.

@@ -19,6 +19,7 @@ from kubernetes_asyncio.client.exceptions import ApiException
 from operators.launchers.base import JobState
 from operators.launchers.job_status import (
     PODS_OF,
+    WORKLOAD_OF,
     Cursor,
     by_age,
     explain,
@@ -26,7 +27,7 @@ from operators.launchers.job_status import (
     job_state,
     rank_zero,
 )
-from sailyard.cluster import ClusterSettings
+from sailyard.cluster import WORKLOAD, ClusterSettings
 from sailyard.cluster_api import (
     LONGEST_PAUSE,
     REQUEST_SECONDS,
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 POLL_SECONDS = 2.0
-"""Between looks at the pods, while they do not run."""
+"""Between looks at the pods, while they do not run, or at what Kueue says."""
 
 WATCH_SECONDS = 240
 """The API server ends a watch after this long; then the Job is read afresh."""
@@ -191,13 +192,27 @@ class JobFollower:
         )
         return by_age(listed.items)
 
+    async def _workloads(self) -> list[Any]:
+        """What Kueue made of the Job. Nothing where that cannot be had: it waits all the same."""
+        try:
+            listed: Any = await self._objects.list_namespaced_custom_object(
+                *address(WORKLOAD, self._cluster.namespace),
+                label_selector=f"{WORKLOAD_OF}={self._uid}",
+                _request_timeout=REQUEST_SECONDS,
+            )
+        except (ApiException, *BROKEN) as error:
+            log.debug("Kueue's workload of %s: %s", self._name, error)
+            return []
+        return list(listed["items"])
+
     async def _tell_what_is_waited_for(self) -> None:
-        told = ""
+        told, queue = "", self._cluster.queue
         while True:
             reason = ""
             if self.state is JobState.WAITING:
                 pods = [] if self._suspended else await self._pods()
-                reason = explain(self._kind, self.state, self._found, pods, self._cluster.queue)
+                workloads = await self._workloads() if self._suspended and queue else []
+                reason = explain(self._kind, self.state, self._found, pods, queue, workloads)
             if reason and reason != told:
                 self._lines.put_nowait(f"waiting: {reason}")
             told = reason

@@ -47,7 +47,8 @@ class Cluster:
         return list(found["items"]) if "items" in found else [found]
 
     def install(self, verb: str, *flags: str) -> None:
-        values = ["--values", str(self.values), "--values", str(Path(__file__).with_name("v.yaml"))]
+        files = (self.values, Path(__file__).with_name("values.yaml"))
+        values = [word for file in files for word in ("--values", str(file))]
         self.helm(verb, RELEASE, str(CHART), *values, "--wait", "--timeout", "15m", *flags)
 
     def inside(self, *command: str, seconds: float = 120) -> str:

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from sailyard.cluster import JOBSET_RIGHTS, RAYJOB_RIGHTS, RIGHTS, ClusterSettings, Right
+from sailyard.cluster import (
+    JOBSET_RIGHTS,
+    QUEUE_RIGHTS,
+    RAYJOB_RIGHTS,
+    RIGHTS,
+    ClusterSettings,
+    Right,
+)
 from sailyard.settings import Settings
 from serving import rollout
 from serving.settings import ServingSettings
@@ -158,9 +165,10 @@ def test_every_right_is_one_that_code_names_and_uses() -> None:
     assert {name: granted(role) for name, role in roles.items()} == {
         name: {right[:3] for right in rights} for name, rights in expected.items()
     }
-    both = rendered("", "--set", "launcher.jobSet=true,launcher.rayWorkers=4")
-    assert granted(of_kind(both, "Role")["yard-sailyard-launcher"]) == {
-        right[:3] for right in (*RIGHTS, *JOBSET_RIGHTS, *RAYJOB_RIGHTS)
+    all_asked = "launcher.jobSet=true,launcher.rayWorkers=4,launcher.queue=research"
+    most = of_kind(rendered("", "--set", all_asked), "Role")["yard-sailyard-launcher"]
+    assert granted(most) == {
+        right[:3] for right in (*RIGHTS, *JOBSET_RIGHTS, *RAYJOB_RIGHTS, *QUEUE_RIGHTS)
     }
     (on_deployments,) = [
         rule for rule in roles["yard-sailyard-rollout"]["rules"] if rule["apiGroups"] == ["apps"]

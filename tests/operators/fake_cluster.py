@@ -35,7 +35,11 @@ _PATH = re.compile(
 _DISCOVERY = re.compile(r"^/apis/(?P<group>[a-z0-9.-]+)/(?P<version>v[0-9a-z]+)$")
 
 BUILT_IN = {"batch/v1": ["jobs"], "authorization.k8s.io/v1": ["selfsubjectaccessreviews"]}
-ADD_ONS = {"jobset.x-k8s.io/v1alpha2": ["jobsets"], "ray.io/v1": ["rayclusters", "rayjobs"]}
+ADD_ONS = {
+    "jobset.x-k8s.io/v1alpha2": ["jobsets"],
+    "ray.io/v1": ["rayclusters", "rayjobs"],
+    "kueue.x-k8s.io/v1beta2": ["workloads"],
+}
 STAGE_OBJECTS = ("jobs", "jobsets", "rayjobs")
 
 

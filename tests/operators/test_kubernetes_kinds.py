@@ -12,6 +12,7 @@ from sailyard.cluster import (
     JOB,
     JOBSET,
     JOBSET_RIGHTS,
+    QUEUE_RIGHTS,
     RAYJOB,
     RAYJOB_RIGHTS,
     RIGHTS,
@@ -21,7 +22,7 @@ from sailyard.cluster import (
 from sailyard.cluster_api import connect, split_handle, stage_jobs
 from sailyard.runs import create_run
 from tests.operators.fake_cluster import BUILT_IN, FakeCluster
-from tests.operators.test_kubernetes_launcher import Follower, cluster, doctor
+from tests.operators.test_kubernetes_launcher import Follower, cluster, doctor, why
 
 __all__ = ["cluster"]
 
@@ -89,7 +90,7 @@ def test_a_restarted_worker_joins_and_cancel_deletes_it_alone(
     assert KubernetesLauncher().submit(StageJob(stage, run_id)) == handle
     launcher.cancel(handle, 4.0)
     assert launcher.status(handle) is JobState.INTERRUPTED
-    assert "is gone" in launcher.reason(handle)
+    assert "is gone" in why(launcher, handle)
     again = launcher.submit(StageJob(stage, run_id))
     assert again != handle
     launcher.cancel(handle, 4.0)  # an old handle never ends a newer object
@@ -137,7 +138,7 @@ def test_a_jobset_that_failed_says_why(
     failed = condition("Failed", reason, "jobset failed due to reaching max number of restarts")
     asked.set_status(handle, **jobset_status(conditions=[failed]), terminalState="Failed")
     assert launcher.status(handle) is JobState.FAILED
-    assert told in launcher.reason(handle)
+    assert told in why(launcher, handle)
 
 
 def test_a_rayjob_is_followed_by_the_pod_that_submits(asked: FakeCluster, run_id: str) -> None:
@@ -190,8 +191,9 @@ def test_only_a_stages_own_error_and_the_deadline_are_final(
     handle = launcher.submit(StageJob(SPREADS, run_id))
     asked.set_status(handle, jobDeploymentStatus="Failed", jobStatus="FAILED", **status)
     assert launcher.status(handle) == state
-    assert told in launcher.reason(handle)
-    assert "\nlog" not in launcher.reason(handle)
+    reason = why(launcher, handle)
+    assert told in reason
+    assert "\nlog" not in reason
 
 
 def test_the_next_try_of_a_rayjob_makes_room_for_itself(asked: FakeCluster, run_id: str) -> None:
@@ -250,4 +252,5 @@ def use_all(cluster: FakeCluster, job: StageJob) -> None:
 def test_rights_are_those_that_the_settings_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ClusterSettings().rights == RIGHTS
     monkeypatch.setenv("SAILYARD_CLUSTER_JOBSET", "true")
-    assert ClusterSettings().rights == (*RIGHTS, *JOBSET_RIGHTS)
+    monkeypatch.setenv("SAILYARD_CLUSTER_QUEUE", "research")
+    assert ClusterSettings().rights == (*RIGHTS, *JOBSET_RIGHTS, *QUEUE_RIGHTS)

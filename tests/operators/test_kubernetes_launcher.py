@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +17,16 @@ from typer.testing import CliRunner
 
 from operators.launchers import JobState, StageJob, kubernetes_follow, make_launcher
 from operators.launchers import kubernetes as module
+from operators.launchers.job_status import WORKLOAD_OF
 from operators.launchers.kubernetes import ForeignObject, KubernetesLauncher
+from operators.launchers.kubernetes_follow import JobFollower, connect_async
 from operators.launchers.manifests import object_name
 from sailyard import cluster_api
-from sailyard.cluster import MANAGED_BY, RIGHTS, ClusterSettings, Right
+from sailyard.cluster import MANAGED_BY, QUEUE_RIGHTS, RIGHTS, ClusterSettings, Right
 from sailyard.runs import create_run, load_run, run_key
 from sailyard.stage.results import StageResult, write_result
 from sailyard.yard import Yard
-from tests.operators.fake_cluster import FakeCluster, serve
+from tests.operators.fake_cluster import BUILT_IN, FakeCluster, serve
 
 # Eight devices in pods of four: two pods.
 STAGE = "alignment.warmup"
@@ -74,6 +77,22 @@ class Follower(threading.Thread):
         self.join(10)
         assert not self.is_alive(), self.lines
         return self.lines
+
+
+def why(launcher: KubernetesLauncher, handle: str) -> str:
+    """The reason that the trigger is given, once the stage has ended."""
+
+    async def follow() -> str:
+        api = await connect_async(launcher.cluster)
+        try:
+            follower = JobFollower(api, launcher.cluster, handle)
+            async for _ in follower.lines():
+                pass
+            return follower.reason
+        finally:
+            await api.close()
+
+    return asyncio.run(follow())
 
 
 def wait_until(true: Callable[[], bool], told: Callable[[], Any] = lambda: "") -> None:
@@ -196,7 +215,7 @@ def test_the_log_of_rank_0_is_followed_to_its_end(
         "step 1", "step 2", "done",
     ]  # fmt: skip
     assert launcher.status(handle) is JobState.SUCCEEDED
-    assert launcher.reason(handle) == ""
+    assert why(launcher, handle) == ""
 
 
 def test_a_pod_that_the_autoscaler_took_is_replaced(
@@ -260,6 +279,49 @@ def test_an_hour_in_the_queue_is_no_error_and_costs_few_requests(
     assert len(follower.lines) == 2
     cluster.end(handle, "Complete", "CompletionsReached", succeeded=2)
     follower.result()
+
+
+def test_what_kueue_says_is_told(
+    launcher: KubernetesLauncher, cluster: FakeCluster, job: StageJob
+) -> None:
+    launcher.cluster = launcher.cluster.model_copy(update={"queue": "research"})
+    handle = launcher.submit(job)
+    uid = handle.split("/")[1]
+    message = "couldn't assign flavors to pod set main: insufficient unused quota"
+    quota = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": message}
+    workload = {
+        "metadata": {"name": "job-x", "labels": {WORKLOAD_OF: uid}},
+        "status": {"conditions": [quota]},
+    }
+    other = {"metadata": {"name": "job-y", "labels": {WORKLOAD_OF: "of-another"}}}
+    follower = Follower(launcher, handle)
+    follower.wait_for("waiting: in Kueue's queue research, not admitted yet")
+    with cluster.changed:
+        cluster.create("workloads", "sailyard", other)
+        cluster.create("workloads", "sailyard", workload)
+    follower.wait_for(f"waiting: in Kueue's queue research, not admitted yet: {message}")
+    cluster.suspend(handle, False)
+    cluster.end(handle, "Complete", "CompletionsReached", succeeded=2)
+    follower.result()
+    assert {right[:3] for right in QUEUE_RIGHTS} <= cluster.used
+
+
+@pytest.mark.parametrize("missing", ["the right", "Kueue"])
+def test_a_queue_is_waited_in_though_kueue_says_nothing(
+    launcher: KubernetesLauncher, cluster: FakeCluster, job: StageJob, missing: str
+) -> None:
+    launcher.cluster = launcher.cluster.model_copy(update={"queue": "research"})
+    handle = launcher.submit(job)
+    if missing == "Kueue":
+        cluster.apis = BUILT_IN
+    else:
+        cluster.denied = {right[:3] for right in QUEUE_RIGHTS}
+    follower = Follower(launcher, handle)
+    follower.wait_for("waiting: in Kueue's queue research, not admitted yet")
+    wait_until(lambda: sum("/workloads" in request for request in cluster.requests) > 2)
+    assert follower.is_alive()
+    cluster.end(handle, "Complete", "CompletionsReached", succeeded=2)
+    assert len(follower.result()) == 1
 
 
 @pytest.mark.parametrize(
@@ -334,7 +396,7 @@ def test_failures_say_why(
         )
     cluster.end(handle, "Failed", reason, message)
     assert launcher.status(handle) is JobState.FAILED
-    assert told in launcher.reason(handle)
+    assert told in why(launcher, handle)
 
 
 # --- an API server that misbehaves -------------------------------------------------------------
