@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from model.experts import Routing
+from model.experts_routing import Routing
 
 
 def up(

@@ -8,15 +8,13 @@ Triton's interpreter; no GPU has timed or tuned them yet (docs/moe.md).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 
 from model import experts_kernels as kernels
-
-if TYPE_CHECKING:
-    from model.experts import Routing
+from model.experts_routing import Routing
 
 
 def up(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import struct
@@ -152,7 +153,7 @@ def _mind(connection: socket.socket) -> NoReturn:
 def _become(
     arguments: Sequence[str], environment: Mapping[str, str], directory: str, output: int
 ) -> NoReturn:
-    """Be ``sailyard *arguments`` as if it had been started afresh."""
+    """Be ``python -m sailyard *arguments`` as if it had been started afresh."""
     code = 1
     try:
         os.setsid()
@@ -164,9 +165,7 @@ def _become(
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = ["sailyard", *arguments]
-        from sailyard.cli import app
-
-        app()
+        runpy.run_module("sailyard", run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

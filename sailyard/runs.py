@@ -7,6 +7,7 @@ nothing else; the lineage database holds a copy for people to ask.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,17 +241,18 @@ def results_of(yard: Yard, run: Run) -> Results:
 
 def reuse(yard: Yard, run: Run, stage_name: str, results: Results) -> StageResult | None:
     """Enter a finished result into the run, if there is one."""
-    from sailyard.lineage import records
-    from sailyard.stage.runner import artifact_info, restore
+    from sailyard.lineage import ArtifactInfo, records
 
     result = results.find(stage_name)
     if result is None:
         return None
     stage = run.pipeline.stage(stage_name)
-    restore(yard, run, stage, result)
+    if stage.restore:  # what it did outside its artifacts
+        module_name, _, function_name = stage.restore.partition(":")
+        getattr(importlib.import_module(module_name), function_name)(yard, run, result)
     write_run_copy(yard.store, run.id, result)
     outputs = {
-        name: artifact_info(yard.artifacts.get(digest)) for name, digest in result.outputs.items()
+        name: ArtifactInfo.of(yard.artifacts.get(digest)) for name, digest in result.outputs.items()
     }
     records.record_cached(
         yard.database,

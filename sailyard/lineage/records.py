@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
@@ -25,6 +25,9 @@ from sailyard.lineage.schema import (
     StageRun,
     utc_now,
 )
+
+if TYPE_CHECKING:
+    from sailyard.artifacts import Artifact as Stored
 
 HEARTBEAT_SECONDS = 5.0
 """How often a live stage touches its row."""
@@ -57,6 +60,17 @@ class ArtifactInfo:
     size: int
     num_files: int
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, artifact: Stored) -> ArtifactInfo:
+        """Of an artifact of the store."""
+        return cls(
+            digest=artifact.digest,
+            kind=artifact.kind,
+            size=artifact.size,
+            num_files=len(artifact.files),
+            meta=dict(artifact.meta or {}),
+        )
 
 
 def add_run(

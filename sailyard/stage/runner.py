@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sailyard.lineage import ArtifactInfo, records
 from sailyard.pipeline import Stage
+from sailyard.runs import Run, results_of, reuse, was_attempted
 from sailyard.stage.checkpoints import Checkpoints
 from sailyard.stage.context import StageContext
 from sailyard.stage.errors import EXIT_FAILED, EXIT_OK, EXIT_RESUME, StageError, StopRequested
@@ -25,7 +26,6 @@ from sailyard.stage.live import LiveRecorder
 from sailyard.stage.results import StageResult, global_key, write_result, write_run_copy
 
 if TYPE_CHECKING:
-    from sailyard.runs import Run
     from sailyard.yard import Yard
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -64,10 +64,8 @@ def execute(
 def _execute(
     yard: Yard, run: Run, stage: Stage, force: bool, channel: int | None, stop: Stop
 ) -> int:
-    from sailyard import runs
-
-    results = runs.results_of(yard, run)
-    if not force and runs.reuse(yard, run, stage.name, results) is not None:
+    results = results_of(yard, run)
+    if not force and reuse(yard, run, stage.name, results) is not None:
         print(f"{stage.name}: cached", flush=True)
         return EXIT_OK
     run.check_may_run(stage.name)
@@ -76,11 +74,11 @@ def _execute(
     with _only_builder(yard, stage.name, key, stop):
         # Another process may have finished the very same result while this one waited.
         results.forget(stage.name)
-        if not force and runs.reuse(yard, run, stage.name, results) is not None:
+        if not force and reuse(yard, run, stage.name, results) is not None:
             print(f"{stage.name}: cached", flush=True)
             return EXIT_OK
         fresh_start = force or (
-            stage.name in run.forced() and not runs.was_attempted(yard, run.id, stage.name)
+            stage.name in run.forced() and not was_attempted(yard, run.id, stage.name)
         )
         attempt = _Attempt(yard, run, stage, key, inputs, channel)
         return attempt.carry_out(stop, fresh_start)
@@ -178,7 +176,7 @@ class _Attempt:
         for name, folder in folders.items():
             kind = f"{self.stage.name}/{name}"
             artifact = self.yard.artifacts.publish(folder, kind, context.output_metas.get(name))
-            published[name] = artifact_info(artifact)
+            published[name] = ArtifactInfo.of(artifact)
         return published
 
     def _conclude(
@@ -244,17 +242,6 @@ class _Attempt:
         if result.finished:
             write_result(self.yard.store, global_key(self.key), result)
         write_run_copy(self.yard.store, self.run.id, result)
-
-
-def artifact_info(artifact: Any) -> ArtifactInfo:
-    """What lineage keeps of an artifact."""
-    return ArtifactInfo(
-        digest=artifact.digest,
-        kind=artifact.kind,
-        size=artifact.size,
-        num_files=len(artifact.files),
-        meta=dict(artifact.meta or {}),
-    )
 
 
 class Stop:
@@ -348,14 +335,6 @@ def load_entry(entry: str) -> Callable[[StageContext], None]:
         raise StageError(f"module {module_name!r} has no {function_name!r}")
     loaded: Callable[[StageContext], None] = function
     return loaded
-
-
-def restore(yard: Yard, run: Run, stage: Stage, result: StageResult) -> None:
-    """Repeat the effect of a reused result outside its artifacts, for stages that have one."""
-    if not stage.restore:
-        return
-    module_name, _, function_name = stage.restore.partition(":")
-    getattr(importlib.import_module(module_name), function_name)(yard, run, result)
 
 
 def _one_line(problem: BaseException) -> str:
