@@ -345,16 +345,14 @@ def _environment(yard: Settings, size: Size) -> dict[str, str]:
     """Places, never keys: those come from the Secret."""
     known = yard.environment()
     open_names = ("STORE", "S3_ENDPOINT", "S3_SECURE", "S3_REGION")
-    # Pods that wait for each other may share a machine, where threads that wait by spinning slow
-    # the others. A stage in one pod is nearly twice as fast when they do spin (docs/log.md).
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if size.nodes > 1 else {}
     return {
         "SAILYARD_HOME": HOME,
         **{f"SAILYARD_{name}": known[f"SAILYARD_{name}"] for name in open_names},
         "SAILYARD_RANKS": str(size.ranks_per_node if size.nodes == 1 else 1),
         "HOME": HOME,
         "PYTHONUNBUFFERED": "1",
-        **waiting,
+        # Threads that wait by spinning use up the pod's share of the processors.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 
