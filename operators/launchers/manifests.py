@@ -351,7 +351,8 @@ def _environment(yard: Settings, size: Size) -> dict[str, str]:
         "SAILYARD_RANKS": str(size.ranks_per_node if size.nodes == 1 else 1),
         "HOME": HOME,
         "PYTHONUNBUFFERED": "1",
-        # Threads that wait by spinning use up the pod's share of the processors.
+        # Pods may share processors, where threads that wait by spinning cost each other far more
+        # than sleeping costs a pod that has its own (docs/log.md).
         "OMP_WAIT_POLICY": "PASSIVE",
     }
 
