@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from model.modeling import SailVLForConditionalGeneration, freeze_except
 from model.moe import RouterMeter
 from model.processor import Encoded
 from sailyard.recipe import Optimization, TrainRecipe
+from training.expert_parallel import ExpertParallelLearner, Spread, spread_experts
 from training.learner import Learner
 from training.muon import Muon
 from training.packing import collate_rows, on_device, shares_of_turns
@@ -58,6 +60,8 @@ class Engine:
         world: World | None = None,
     ) -> None:
         self.world = world or join_world()
+        degree = recipe.expert_parallel if self.world.size > 1 else 1
+        spread = spread_experts(model, degree, self.world) if degree > 1 else None
         self.model, self.recipe = model.to(self.world.device), recipe
         freeze_except(model, recipe.trainable)
         if recipe.activation_checkpointing:
@@ -65,7 +69,7 @@ class Engine:
         self._top_k = model.config.text_config.num_experts_per_tok if model.config.is_moe else 0
         kind = Muon if recipe.optimizer == "muon" else torch.optim.AdamW
         optimizer = kind(self._groups(), lr=recipe.lr, betas=recipe.betas, fused=True)
-        self.learner = make_learner(model, optimizer, recipe, self.world)
+        self.learner = make_learner(model, optimizer, recipe, self.world, spread)
 
     def _groups(self) -> list[dict[str, object]]:
         """Per part: hidden matrices, embeddings (both with weight decay), vectors (without).
@@ -197,11 +201,22 @@ class Engine:
 
 
 def make_learner(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, recipe: Optimization, world: World
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Optimization,
+    world: World,
+    spread: Spread | None = None,
 ) -> Learner:
-    """Plain torch for one rank or `ddp`; DeepSpeed where ranks share state or the host keeps it."""
+    """Plain torch for one rank or `ddp`; DeepSpeed where ranks share state or the host keeps it.
+
+    Args:
+        spread: How the model's experts are, if ranks hold shares of them (`ddp` only).
+    """
+    plain: dict[str, Any] = {"clip_norm": recipe.clip_norm, "dtype": recipe.dtype}
+    if spread is not None:
+        return ExpertParallelLearner(model, optimizer, world, spread, **plain)
     if recipe.parallel == "ddp" or (world.size == 1 and not recipe.offload):
-        return Learner(model, optimizer, world, clip_norm=recipe.clip_norm, dtype=recipe.dtype)
+        return Learner(model, optimizer, world, **plain)
     # Imported only here: DeepSpeed takes seconds, and most runs on one rank never need it.
     from training.zero import ZeroLearner
 

@@ -1,14 +1,15 @@
 """What learns: a model, its optimizer, and one update out of several backward passes.
 
-`Learner` is plain torch: one process, or several that hold a full copy each (DDP). `ZeroLearner`
-(`training.zero`) is the same interface over DeepSpeed's ZeRO, where ranks share the state. The
-gradient and the update are the same in all of them.
+`Learner` is plain torch: one process, or several that hold a full copy each (DDP).
+`ExpertParallelLearner` (`training.expert_parallel`) shares experts, `ZeroLearner` (`training.zero`)
+is the same interface over DeepSpeed's ZeRO, where ranks share the state. The gradient and the
+update are the same in all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -71,8 +72,9 @@ class Learner:
         `lr_scale`.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+        norm = self._norm(parameters)
         if math.isfinite(norm):
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, torch.tensor(norm))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_scale", 1.0)
             self.optimizer.step()
@@ -83,9 +85,9 @@ class Learner:
         """Norm of each part's gradient, before `update` drops it."""
         norms = {}
         for name, part in parts.items():
-            gradients = [p.grad for p in part.parameters() if p.grad is not None]
-            if gradients:
-                norms[name] = float(nn.utils.get_total_norm(gradients))
+            learning = [p for p in part.parameters() if p.requires_grad]
+            if learning:
+                norms[name] = self._norm(learning)
         return norms
 
     def tensors(
@@ -102,15 +104,17 @@ class Learner:
         """
         old = into or {}
         found: dict[str, Tensor] = {}
+
+        def keep(name: str, key: str, value: Tensor) -> None:
+            whole = self._collected(name, value, owner(name, self.world.size))
+            if self._mine(name):
+                found[key] = copied(whole, old.get(key))
+
         for name, tensor in own_tensors(self.model, frozen).items():
-            if self._mine(name):
-                key = f"model/{name}"
-                found[key] = copied(tensor, old.get(key))
+            keep(name, f"model/{name}", tensor)
         for name, parameter in self.model.named_parameters():
-            if self._mine(name):
-                for entry, value in self.optimizer.state.get(parameter, {}).items():
-                    key = f"optimizer/{name}/{entry}"
-                    found[key] = copied(value.reshape(value.shape or (1,)), old.get(key))
+            for entry, value in self.optimizer.state.get(parameter, {}).items():
+                keep(name, f"optimizer/{name}/{entry}", value.reshape(value.shape or (1,)))
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -125,23 +129,39 @@ class Learner:
         for key, value in exchanged(tensors, self.world):
             kind, _, name = key.partition("/")
             if kind == "model":
+                mine = self._share(name, value)
                 with torch.no_grad():
-                    checked(places, name, value).copy_(value)
+                    checked(places, name, mine).copy_(mine)
             else:
                 name, _, entry = name.rpartition("/")
-                states.setdefault(name, {})[entry] = value
+                states.setdefault(name, {})[entry] = self._share(name, value)
         for name in states.keys() - named.keys():
             raise ValueError(f"the model has no parameter {name!r}, which the checkpoint optimizes")
         self.optimizer.state.clear()
         for name, state in states.items():
+            device = named[name].device
+            # Copies: the next step would change what the caller has.
             self.optimizer.state[named[name]] = {
-                key: value.reshape(()).clone() if key == STEP else value.to(named[name].device)
+                key: value.reshape(()).clone() if key == STEP else value.to(device, copy=True)
                 for key, value in state.items()
             }
 
     def whole(self) -> nn.Module:
         """The model with all its weights, for rank 0 to use and save."""
         return self.model
+
+    def _norm(self, parameters: Sequence[nn.Parameter]) -> float:
+        """Of their gradients together; on every rank, for all parameters of the model."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    def _collected(self, name: str, tensor: Tensor, to: int) -> Tensor:
+        """The whole tensor on rank `to`, whatever of it this rank holds; called on every rank."""
+        return tensor
+
+    def _share(self, name: str, tensor: Tensor) -> Tensor:
+        """What this rank holds of a whole tensor."""
+        return tensor
 
     def _mine(self, name: str) -> bool:
         return owner(name, self.world.size) == self.world.rank.number
@@ -158,6 +178,15 @@ def own_tensors(model: nn.Module, frozen: bool) -> dict[str, Tensor]:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach()
     return tensors
+
+
+def rebuilt(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """A new model like `model` in float32 with these weights; tied ones may be named once."""
+    new = type(model)(model.config).float()
+    new.load_state_dict(weights, strict=False)
+    absent = [name for name, _ in new.named_parameters() if name not in weights]
+    assert not absent, absent
+    return new.to(device)
 
 
 def owner(name: str, size: int) -> int:
@@ -177,22 +206,24 @@ def checked(places: Mapping[str, Tensor], name: str, value: Tensor) -> Tensor:
     return places[name]
 
 
-def exchanged(tensors: Mapping[str, Tensor], world: World) -> list[tuple[str, Tensor]]:
-    """All ranks' tensors on every rank, by name; each comes from the first rank that has it."""
+def exchanged(tensors: Mapping[str, Tensor], world: World) -> Iterator[tuple[str, Tensor]]:
+    """All ranks' tensors on every rank, by name; each comes from the first rank that has it.
+
+    One at a time: together they need not fit into a host's memory.
+    """
     if world.size == 1:
-        return sorted(tensors.items())
+        yield from sorted(tensors.items())
+        return
     described = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
     sources: dict[str, tuple[int, Any]] = {}
     for rank, found in enumerate(world.gather(described)):
         for key, shape_and_type in found.items():
             sources.setdefault(key, (rank, shape_and_type))
-    result = []
     for key in sorted(sources):
         rank, (shape, dtype) = sources[key]
         value = tensors[key].contiguous() if key in tensors else torch.empty(shape, dtype=dtype)
         torch.distributed.broadcast(value, src=rank)
-        result.append((key, value))
-    return result
+        yield key, value
 
 
 def copied(tensor: Tensor, old: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from sailyard.recipe import Optimization
-from training.learner import STEP, Learner, checked, copied, exchanged
+from training.learner import STEP, Learner, checked, copied, exchanged, rebuilt
 from training.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -186,11 +186,7 @@ class ZeroLearner(Learner):
                         weights[name] = copied(parameter, None)
         if not self._first:
             return self.model
-        model = type(self.model)(self.model.config).float()
-        model.load_state_dict(weights, strict=False)  # tied weights are named once
-        absent = [name for name, _ in model.named_parameters() if name not in weights]
-        assert not absent, absent
-        return model.to(self.world.device)
+        return rebuilt(self.model, weights, self.world.device)
 
     @property
     def _first(self) -> bool:

@@ -35,10 +35,7 @@ def plan(
         typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations."),
     ] = None,
     expert_parallel: Annotated[
-        int,
-        typer.Option(
-            help="Ranks that share one copy of the experts (the engine has no such groups yet)."
-        ),
+        int, typer.Option(help="Ranks that share one copy of the experts, with ddp.")
     ] = 1,
     mfu: Annotated[
         float | None,

@@ -39,7 +39,7 @@ class Layout:
         checkpointing: a layer keeps its input only and is computed again in the backward pass.
         micro_batch: rows in one forward and backward pass.
         gpus: data-parallel ranks.
-        expert_parallel: ranks that share one copy of the experts; 1 for a copy on each.
+        expert_parallel: ranks that share one copy of the experts (ddp only); 1 for a copy on each.
     """
 
     parallel: Parallel
@@ -98,14 +98,15 @@ class Memory:
         )
 
 
-def decoder_layer_bytes(network: Network, e: int, learns: bool) -> int:
-    """What one decoder layer keeps per token.
+def decoder_layer_bytes(network: Network, e: int, learns: bool, spread: bool = False) -> int:
+    """What one decoder layer keeps per token; `spread` for experts shared by ranks.
 
     A norm keeps its input in float32 and, for its weight's gradient, the normed value: float32 in
     the residual stream, e in queries and keys. Matrices keep their input for their gradient; under
     autocast each of the five that read the stream makes a copy of its own. Attention keeps query,
     output, and keys and values repeated to the query's heads. SwiGLU keeps gate, silu(gate), up and
-    their product; our fused experts keep gate and up alone.
+    their product; our fused experts keep gate and up alone. Spread ones keep every slot that came,
+    and every result that came back.
     """
     language = network.shape.language
     d, q, k = language.hidden_size, network.query_width, network.key_width
@@ -118,6 +119,7 @@ def decoder_layer_bytes(network: Network, e: int, learns: bool) -> int:
     # The experts' input is kept whether they learn or not; softmaxes of router and balance loss.
     size += 0 if learns else d * e
     size += 2 * moe.top_k * moe.expert_intermediate_size * e
+    size += 2 * moe.top_k * d * e if spread else 0
     return size + 3 * 4 * moe.num_experts
 
 
@@ -144,8 +146,10 @@ class Activations:
     per_label: float
 
 
-def activations(network: Network, learning: Learning, e: int, checkpointing: bool) -> Activations:
-    """What a row keeps for its backward pass.
+def activations(
+    network: Network, learning: Learning, e: int, checkpointing: bool, spread: bool = False
+) -> Activations:
+    """What a row keeps for its backward pass; `spread` for experts shared by ranks.
 
     With checkpointing the layers keep their inputs, and one layer at a time is whole again.
     """
@@ -161,7 +165,7 @@ def activations(network: Network, learning: Learning, e: int, checkpointing: boo
     if learning.passes("adapter"):  # LayerNorm's input and output, GELU's; what joins the words
         visual += squares * w * (4 + e) + 2 * d * e + (4 * d if e == 2 else 0)
     learns = learning.learns("language")
-    layer = decoder_layer_bytes(network, e, learns)
+    layer = decoder_layer_bytes(network, e, learns, spread)
     layers = language.num_layers * d * 4 + layer if checkpointing else language.num_layers * layer
     token = layers + 4 * d * (2 if learns else 1)
     label = language.vocab_size * 4 + (d * e if learns else 0)
@@ -207,7 +211,8 @@ def memory_of(
         host = optimizer + 4 * trained / layout.gpus  # gradients beside master and moments
         optimizer = 0.0
 
-    kept = activations(network, learning, e, layout.checkpointing)
+    spread = layout.expert_parallel > 1
+    kept = activations(network, learning, e, layout.checkpointing, spread)
     tokens = seq_len * layout.micro_batch
     vocab = network.shape.language.vocab_size
     labels = min(tokens, max(1, LOGITS_AT_ONCE // vocab))
@@ -221,7 +226,8 @@ def memory_of(
     if copies and layout.checkpointing:
         # Autocast has dropped its copies before the backward pass makes a layer whole again and the
         # logits' gradient in the type of the products: only what exceeds those adds to the peak.
-        later: float = tokens * decoder_layer_bytes(network, e, learning.learns("language"))
+        learns = learning.learns("language")
+        later: float = tokens * decoder_layer_bytes(network, e, learns, spread)
         if worst_is_text:
             later += labels * vocab * e
         copies = max(copies - later, min(copies, 2.0 * network.largest_block))
@@ -267,9 +273,14 @@ def _check(network: Network, layout: Layout) -> None:
         )
     degree = layout.expert_parallel
     if degree > 1 and moe is None:
-        raise ValueError(f"--expert-parallel {degree}: the recipe's model has no experts")
+        raise ValueError(f"expert parallel {degree}: the recipe's model has no experts")
+    if degree > 1 and layout.parallel != "ddp":
+        raise ValueError(
+            f"expert parallel {degree} goes with ddp: {layout.parallel} shares the experts' state "
+            "already, in slices over all GPUs"
+        )
     if degree > 1 and moe is not None and (moe.num_experts % degree or layout.gpus % degree):
         raise ValueError(
-            f"--expert-parallel {degree} must divide the {moe.num_experts} experts and the "
+            f"expert parallel {degree} must divide the {moe.num_experts} experts and the "
             f"{layout.gpus} GPUs"
         )

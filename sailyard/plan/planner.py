@@ -195,7 +195,7 @@ def choose_layout(work: Work, network: Network, options: Options) -> Layout:
             bool(options.checkpointing),
             work.micro_batch,
             options.gpus,
-            options.expert_parallel,
+            _degree(work, options),
         )
     for layout in rungs:
         if _memory(work, network, layout).total <= options.gpu.usable_bytes:
@@ -210,7 +210,7 @@ def smallest_change(
 
     None: nothing up to 4,096 GPUs.
     """
-    free = replace(options, parallel=None, offload=None, checkpointing=None)
+    free = replace(options, parallel=None, offload=None, checkpointing=None, expert_parallel=1)
     for change in _changes(work, layout, free):
         memory = _memory(work, network, change)
         if memory.total <= options.gpu.usable_bytes:
@@ -246,10 +246,11 @@ def _changes(work: Work, layout: Layout, free: Options) -> Iterator[Layout]:
 
 
 def _rungs(work: Work, options: Options) -> Iterator[Layout]:
+    degree = _degree(work, options)
     for parallel, offload, checkpointing in LADDER:
-        # One process is plain torch; several are DeepSpeed's.
-        odd = (options.gpus == 1) != (parallel == "ddp")
-        if options.parallel is None and not offload and odd:
+        # One process is plain torch, and so are spread experts; other ranks are DeepSpeed's.
+        odd = (options.gpus == 1 or degree > 1) != (parallel == "ddp")
+        if odd and (degree > 1 or (options.parallel is None and not offload)):
             continue
         if (
             (options.parallel in (None, parallel))
@@ -262,8 +263,13 @@ def _rungs(work: Work, options: Options) -> Iterator[Layout]:
                 checkpointing,
                 work.micro_batch,
                 options.gpus,
-                options.expert_parallel,
+                degree,
             )
+
+
+def _degree(work: Work, options: Options) -> int:
+    """Experts are spread in supervised stages only: RL's ranks generate each at its own pace."""
+    return options.expert_parallel if isinstance(work.section, TrainRecipe) else 1
 
 
 def _recipe_layout(work: Work, network: Network, options: Options) -> dict[str, Any] | None:
@@ -278,6 +284,7 @@ def _recipe_layout(work: Work, network: Network, options: Options) -> dict[str, 
         section.activation_checkpointing,
         work.micro_batch,
         options.gpus,
+        1 if alone else section.expert_parallel,
     )
     total = _memory(work, network, layout).total
     fits = total <= options.gpu.usable_bytes

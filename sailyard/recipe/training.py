@@ -85,6 +85,11 @@ class TrainRecipe(Optimization):
     """adamw for all; muon for the hidden matrices of adapter and language model with adamw for the
     rest, at the same learning rate. The paper is silent; our choice."""
 
+    expert_parallel: int = Field(1, ge=1)
+    """Neighbouring ranks that hold each expert once between them, tokens travelling to and fro; 1
+    for a copy on every rank. With parallel ddp; must divide ranks and experts; one rank holds all
+    whatever this says. Changes memory and speed, not the result. The paper names none."""
+
     part_lr: dict[Part, float] = Field({})
     """Peak learning rate of single parts instead of lr. The paper is silent; our choice: none."""
 
@@ -152,6 +157,11 @@ class TrainRecipe(Optimization):
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size "
                 f"{self.batch_size}"
+            )
+        if self.expert_parallel > 1 and self.parallel != "ddp":
+            raise ValueError(
+                f"expert_parallel {self.expert_parallel} goes with parallel ddp: {self.parallel} "
+                "shares the experts' state already, in slices over all ranks"
             )
         frozen = [part for part in self.part_lr if part not in self.trainable]
         if frozen:

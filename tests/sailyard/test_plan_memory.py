@@ -203,11 +203,16 @@ def test_offload_moves_state_to_the_host():
 
 def test_experts_are_shared_by_their_ranks():
     network, learning = networks()["a3b"], Learning.of(PARTS)
-    alone = memory_of(network, learning, Layout("zero2", False, True, 1, 64), 8192)
-    shared = memory_of(network, learning, Layout("zero2", False, True, 1, 64, 8), 8192)
-    assert alone.weights - shared.weights == pytest.approx(2 * network.counted.experts * 7 / 8)
-    assert alone.optimizer == shared.optimizer
+    alone = memory_of(network, learning, Layout("ddp", False, True, 1, 64), 8192)
+    shared = memory_of(network, learning, Layout("ddp", False, True, 1, 64, 8), 8192)
+    away = network.counted.experts * 7 / 8
+    for name, width in (("weights", 4), ("gradients", 4), ("optimizer", 8)):
+        saved = getattr(alone, name) - getattr(shared, name)
+        assert saved == pytest.approx(width * away), name
+    assert shared.activations > alone.activations  # what arrived, and what came back
     with pytest.raises(ValueError, match="128 experts"):
-        memory_of(network, learning, Layout("zero2", False, True, 1, 64, 3), 8192)
+        memory_of(network, learning, Layout("ddp", False, True, 1, 64, 3), 8192)
     with pytest.raises(ValueError, match="no experts"):
-        memory_of(networks()["8b"], learning, Layout("zero2", False, True, 1, 64, 8), 8192)
+        memory_of(networks()["8b"], learning, Layout("ddp", False, True, 1, 64, 8), 8192)
+    with pytest.raises(ValueError, match="goes with ddp: zero2"):
+        memory_of(network, learning, Layout("zero2", False, True, 1, 64, 8), 8192)
