@@ -31,6 +31,7 @@ import torch
 from curation import probe
 from curation.buckets import draw_evenly, evenness, kmeans
 from model.checkpoint import load_model
+from model.device import own_device
 from model.generation import Prompt, generate
 from sailyard.media import decode_image
 from sailyard.samples import Sample, SampleReader, write_samples
@@ -235,6 +236,7 @@ def run(ctx: StageContext) -> None:
     recipe: Instruction2 = ctx.section("curation.instruction2")
     torch.manual_seed(ctx.seed)
     model, processor = load_model(ctx.input("captioner"))
+    model.to(own_device())
     reader = SampleReader(ctx.input("instruction"))
     positions, reports = group(reader)
     ctx.progress(1, 5, "validating sources")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from evaluation.choices import Question, choice_probabilities
 from model.checkpoint import load_model
+from model.device import own_device
 
 if TYPE_CHECKING:
     from model.modeling import SailVLForConditionalGeneration
@@ -83,7 +83,7 @@ class Judges:
         if missing:
             raise JudgesError(f"{path} lacks the judge {missing[0]!r}")
         model, processor = load_model(directory)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(own_device())
         return cls(model, processor, prompts)
 
     def verdicts(

@@ -87,13 +87,15 @@ def rows_of(lengths: Sequence[int], limit: int = ROW_TOKENS) -> Iterator[list[in
 def _forward(  # type: ignore[no-untyped-def]
     model: SailVLForConditionalGeneration, row: Row, **wanted: torch.Tensor
 ):
-    return model(
-        input_ids=row.input_ids,
-        attention_mask=row.segment_ids,
-        **row.images,
+    inputs: dict[str, torch.Tensor | None] = {
+        "input_ids": row.input_ids,
+        "attention_mask": row.segment_ids,
+        "pixel_values": row.images["pixel_values"],
+        "image_grids": row.images["image_grids"],
         **wanted,
-        output_router_logits=False,
-    )
+    }
+    moved = {name: t if t is None else t.to(model.device) for name, t in inputs.items()}
+    return model(**moved, output_router_logits=False)
 
 
 @torch.inference_mode()
@@ -106,8 +108,9 @@ def answer_probabilities(
     for positions in rows_of([len(item.input_ids) for item in encoded]):
         row = pack([encoded[p] for p in positions])
         out = _forward(model, row, labels=row.labels)
-        segments = row.segment_ids[out.label_rows, out.label_cols] - 1
-        totals = torch.zeros(len(positions)).index_add_(0, segments, (-out.loss_per_token).exp())
+        segments = row.segment_ids[out.label_rows.cpu(), out.label_cols.cpu()] - 1
+        probabilities = (-out.loss_per_token).exp().cpu()
+        totals = torch.zeros(len(positions)).index_add_(0, segments, probabilities)
         counts = torch.bincount(segments, minlength=len(positions)).clamp_min(1)
         found[positions] = (totals / counts).numpy()
     return found
@@ -131,7 +134,7 @@ def contradictions(
         columns = columns[row.labels[0, columns - 1] == IGNORE]
         segments = row.segment_ids[0, columns] - 1
         logits = _forward(model, row, logits_to_keep=columns - 1).logits[0]
-        probability, guess = logits.float().softmax(dim=-1).max(dim=-1)
+        probability, guess = (t.cpu() for t in logits.float().softmax(dim=-1).max(dim=-1))
         wrong = (guess != row.labels[0, columns]) & (probability > SURE)
         owners = np.array(positions)[segments.numpy()]
         np.add.at(answers, owners, 1)
@@ -181,8 +184,9 @@ def embed_phrases(
         lengths = [len(ids[p]) for p in positions]
         row = torch.from_numpy(np.concatenate([ids[p] for p in positions]))[None]
         segments = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
-        hidden = _hidden(model, row, segments + 1)
-        pooled = torch.zeros(len(lengths), hidden.shape[-1]).index_add_(0, segments, hidden.float())
+        hidden = _hidden(model, row.to(model.device), (segments + 1).to(model.device))
+        pooled = torch.zeros(len(lengths), hidden.shape[-1])
+        pooled.index_add_(0, segments, hidden.float().cpu())
         table[positions] = (pooled / torch.tensor(lengths)[:, None]).numpy()
     return table
 

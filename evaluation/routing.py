@@ -36,8 +36,8 @@ def router_health(
             prompt.messages, prompt.images, prompt.is_video, add_generation_prompt=True
         )
         output = model(
-            input_ids=torch.from_numpy(encoded.input_ids)[None],
-            **image_inputs([encoded]),
+            input_ids=torch.from_numpy(encoded.input_ids)[None].to(model.device),
+            **image_inputs([encoded], model.device),
             output_router_logits=True,
             logits_to_keep=1,
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import load_model
+from model.device import own_device
 from sailyard.yard import Yard
 from serving.engine import Engine
 from serving.settings import ServingSettings
@@ -27,7 +28,7 @@ def load_served(wanted: Wanted, settings: ServingSettings) -> Served:
     loaded, processor = load_model(directory, getattr(torch, settings.dtype))
     model: Any = loaded.requires_grad_(False)
     _refuse_broken_weights(model, wanted)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(own_device())
     text = model.config.text_config
     engine = Engine(
         model,

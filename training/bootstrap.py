@@ -22,6 +22,7 @@ from model.checkpoint import (
     save_model,
     save_vision,
 )
+from model.modeling import SailVLForConditionalGeneration
 from model.processor import SailVLProcessor
 from model.tokenizer import train_tokenizer
 from sailyard.recipe import ModelShape, TrainRecipe
@@ -80,25 +81,30 @@ def run_vision(ctx: StageContext) -> None:
             )
 
     def arm(
-        name: str, recipe: TrainRecipe, inputs: Mapping[str, OpenFile], first_step: int
+        name: str,
+        model: SailVLForConditionalGeneration,
+        recipe: TrainRecipe,
+        inputs: Mapping[str, OpenFile],
+        first_step: int,
     ) -> SupervisedRun:
         return SupervisedRun(
             ctx, model, processor, recipe, inputs, arm=name, first_step=first_step, carry=before
         )
 
     pictures = {"reference": reference}
-    adapter = arm("adapter", ctx.section("bootstrap.adapter"), pictures, first_step)
+    adapter = arm("adapter", model, ctx.section("bootstrap.adapter"), pictures, first_step)
     if "adapter" not in before:
         before["adapter"] = essentials(adapter.run(final=False))
     everything = arm(
         "main",
+        adapter.model,
         ctx.section("bootstrap.vision"),
         {**pictures, "text": ctx.stream("text")},
         first_step + adapter.total_steps,
     )
     ctx.summary(**everything.run(), **before)
-    save_vision(ctx.output("vision"), model.vision_model)
-    save_model(ctx.output("captioner"), model, processor)
+    save_vision(ctx.output("vision"), everything.model.vision_model)
+    save_model(ctx.output("captioner"), everything.model, processor)
 
 
 @torch.no_grad()

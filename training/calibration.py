@@ -18,10 +18,10 @@ from sailyard.stage import StageContext
 from training.guard import Diverged
 from training.learner import Learner
 from training.loop import TrainingLoop
-from training.packing import PackedBatch, collate_rows
+from training.packing import PackedBatch, collate_rows, on_device
 from training.stream import PackedStream, open_sources
 from training.supervised import Encoder
-from training.world import join_world
+from training.world import World, join_world
 
 NUM_MEASURED = 4  # held-out batches
 
@@ -40,14 +40,15 @@ def run(ctx: StageContext) -> None:
         look_ahead=4 * recipe.batch_size,
         seed=ctx.seed,
     )
-    heldout = [_tensors(stream) for _ in range(NUM_MEASURED)]
-    calibrator = ExpertCalibrator(language)
+    world = join_world()
     # An aligned model whose decoder has not been trained since: tower and adapter speak to it.
     whole, whole_processor = load_model(ctx.input("checkpoint"))
     whole.language_model = language
-    pictures = _pictures(ctx, recipe, whole_processor)
+    whole.to(world.device)
+    calibrator = ExpertCalibrator(language)
+    heldout = [_tensors(stream, world) for _ in range(NUM_MEASURED)]
+    pictures = [on_device(batch, world.device) for batch in _pictures(ctx, recipe, whole_processor)]
     before, before_pictures = calibrator.measure(heldout), measure_multimodal(whole, pictures)
-    world = join_world()
     optimizer = torch.optim.Adam(calibrator.parameters, lr=recipe.lr)
     learner = Learner(language, optimizer, world, clip_norm=math.inf, dtype=recipe.dtype)
     loop = TrainingLoop(
@@ -63,7 +64,7 @@ def run(ctx: StageContext) -> None:
 
     def one_step(step: int) -> None:
         with learner.precision():
-            loss, result = calibrator.losses(*_tensors(stream))
+            loss, result = calibrator.losses(*_tensors(stream, world))
         learner.backward(loss, last=True)
         norm = learner.update(recipe.lr)
         if not math.isfinite(norm):
@@ -85,8 +86,8 @@ def run(ctx: StageContext) -> None:
     save_language(ctx.output("language"), language, tokenizer)
 
 
-def _tensors(stream: PackedStream) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = collate_rows(stream.next_batch().rows, stream.seq_len)
+def _tensors(stream: PackedStream, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = on_device(collate_rows(stream.next_batch().rows, stream.seq_len), world.device)
     return batch["input_ids"], batch["segment_ids"]
 
 

@@ -62,7 +62,7 @@ class Engine:
         self.world = world or join_world()
         degree = recipe.expert_parallel if self.world.size > 1 else 1
         spread = spread_experts(model, degree, self.world) if degree > 1 else None
-        self.model, self.recipe = model.to(self.world.device), recipe
+        self.model, self.recipe = model, recipe
         freeze_except(model, recipe.trainable)
         if recipe.activation_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -209,14 +209,17 @@ def make_learner(
 ) -> Learner:
     """Plain torch for one rank or `ddp`; DeepSpeed where ranks share state or the host keeps it.
 
+    The model moves to the rank's device here. DeepSpeed moves it itself, after rounding to bf16: a
+    GPU that holds a share in training need not hold all of it in float32 before.
+
     Args:
         spread: How the model's experts are, if ranks hold shares of them (`ddp` only).
     """
     plain: dict[str, Any] = {"clip_norm": recipe.clip_norm, "dtype": recipe.dtype}
     if spread is not None:
-        return ExpertParallelLearner(model, optimizer, world, spread, **plain)
+        return ExpertParallelLearner(model.to(world.device), optimizer, world, spread, **plain)
     if recipe.parallel == "ddp" or (world.size == 1 and not recipe.offload):
-        return Learner(model, optimizer, world, **plain)
+        return Learner(model.to(world.device), optimizer, world, **plain)
     # Imported only here: DeepSpeed takes seconds, and most runs on one rank never need it.
     from training.zero import ZeroLearner
 

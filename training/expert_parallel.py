@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.experts_parallel import split_experts
 from sailyard.recipe.training import Dtype
-from training.learner import Learner, own_tensors, rebuilt
+from training.learner import Learner, copied, own_tensors, rebuilt
 from training.world import World
 
 
@@ -93,8 +93,8 @@ class ExpertParallelLearner(Learner):
         for name, tensor in own_tensors(self.model, frozen=True).items():
             full = self._collected(name, tensor, 0)
             if first:
-                weights[name] = full
-        return rebuilt(self.model, weights, self.world.device) if first else self.model
+                weights[name] = copied(full, None)
+        return rebuilt(self.model, weights) if first else self.model
 
     def _norm(self, parameters: Sequence[nn.Parameter]) -> float:
         shares = [p for p in parameters if id(p) in self._ids]

@@ -31,6 +31,7 @@ from model.checkpoint import load_model, save_model
 from sailyard.media import decode_image
 from sailyard.samples import Sample, SampleReader, write_samples
 from training.supervised import SupervisedRun
+from training.world import join_world
 
 if TYPE_CHECKING:
     from model.modeling import SailVLForConditionalGeneration
@@ -247,8 +248,11 @@ def run(ctx: StageContext) -> None:
     totals = {"ita": recipe.num_train, "vir": math.ceil(recipe.num_train * recipe.vir_fraction)}
     write_samples(data, training_samples(reader, train, totals, ctx.seed))
     model, processor = load_model(ctx.input("captioner"))
+    model.to(join_world().device)
     before = measure_judges(model, processor, [reader[p] for p in heldout])
-    figures = SupervisedRun(ctx, model, processor, recipe, {"judges": data}).run()
+    training = SupervisedRun(ctx, model, processor, recipe, {"judges": data})
+    figures = training.run()
+    model = training.model.to(training.world.device)
     qualities = measure_judges(model, processor, [reader[p] for p in heldout])
     ctx.summary(
         **figures,

@@ -147,8 +147,19 @@ class Learner:
             }
 
     def whole(self) -> nn.Module:
-        """The model with all its weights, for rank 0 to use and save."""
+        """The model with all its weights, for rank 0 to save; on the CPU if ranks shared them."""
         return self.model
+
+    def whole_everywhere(self) -> nn.Module:
+        """`whole` on every rank, for a stage that goes on with it on all."""
+        model = self.whole()
+        if not self.world.from_first(model is not self.model):
+            return model
+        if self.world.rank.number:
+            model = type(self.model)(self.model.config).float()
+        for parameter in model.parameters():
+            torch.distributed.broadcast(parameter.data, src=0)
+        return model
 
     def _norm(self, parameters: Sequence[nn.Parameter]) -> float:
         """Of their gradients together; on every rank, for all parameters of the model."""
@@ -180,13 +191,16 @@ def own_tensors(model: nn.Module, frozen: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def rebuilt(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-    """A new model like `model` in float32 with these weights; tied ones may be named once."""
+def rebuilt(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A new model like `model` with these float32 weights on the CPU; tied ones may be named once.
+
+    Not on the GPU: what ranks share between them need not fit on one.
+    """
     new = type(model)(model.config).float()
     new.load_state_dict(weights, strict=False)
     absent = [name for name, _ in new.named_parameters() if name not in weights]
     assert not absent, absent
-    return new.to(device)
+    return new
 
 
 def owner(name: str, size: int) -> int:

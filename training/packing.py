@@ -133,7 +133,7 @@ def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
     def moved(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: moved(tensor) for key, tensor in value.items()}
-        return value.to(device, non_blocking=True)
+        return value if value is None else value.to(device, non_blocking=True)
 
     return cast(PackedBatch, {name: moved(value) for name, value in batch.items()})
 

@@ -194,7 +194,8 @@ class SupervisedRun:
             self.batches.close()
         seconds = max(time.monotonic() - started, 1e-9)
         speed = (self.progress.tokens - tokens_at_start) / seconds
-        whole = self.engine.learner.whole()
+        learner = self.engine.learner
+        whole = learner.whole() if final else learner.whole_everywhere()
         assert isinstance(whole, SailVLForConditionalGeneration)
         self.model = whole
         if final and self.world.rank.number:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from model.device import own_device
 from sailyard.stage import Rank
 
 T = TypeVar("T")
@@ -89,8 +90,8 @@ class World:
 def join_world() -> World:
     """Meet the other ranks of this stage, as torchrun's variables tell; alone without them."""
     rank = Rank.from_environment()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", rank.local) if cuda else torch.device("cpu")
+    device = own_device(rank.local)
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     if rank.size > 1 and not dist.is_initialized():

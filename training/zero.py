@@ -186,7 +186,7 @@ class ZeroLearner(Learner):
                         weights[name] = copied(parameter, None)
         if not self._first:
             return self.model
-        return rebuilt(self.model, weights, self.world.device)
+        return rebuilt(self.model, weights)
 
     @property
     def _first(self) -> bool:

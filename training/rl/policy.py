@@ -145,7 +145,7 @@ class Policy:
             fused=True,
         )
         self.world = join_world()
-        self.learner = make_learner(model.to(self.world.device), optimizer, recipe, self.world)
+        self.learner = make_learner(model, optimizer, recipe, self.world)
 
     def improve(
         self,
