@@ -69,6 +69,7 @@ class ZeroLearner(Learner):
             for name, parameter in model.named_parameters()
             if self._half and not parameter.requires_grad and (self._mine(name) or self._first)
         }
+        exact = {n: p.detach() for n, p in model.named_parameters() if self._half}
         self._engine, self._sharded, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -77,6 +78,9 @@ class ZeroLearner(Learner):
         )
         self.optimizer = self._sharded.optimizer
         self._make_states()
+        for name, parameter in model.named_parameters() if self._half else ():
+            if parameter.requires_grad:  # whose master DeepSpeed made of the rounded weights
+                safe_set_full_fp32_param(parameter, exact.pop(name))
 
     def _config(self, recipe: Optimization) -> dict[str, Any]:
         zero: dict[str, Any] = {
