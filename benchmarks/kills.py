@@ -31,11 +31,12 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from operators.processes import free_ports
 from sailyard.artifacts import open_store
 from sailyard.samples import read_samples, write_samples
 from sailyard.settings import Settings
 from sailyard.stage import EXIT_RESUME
-from tests.s3 import free_ports, running_s3
+from tests.s3 import running_s3
 from tests.training import run_entry
 from tests.training.materials import make_materials
 

@@ -118,9 +118,12 @@ def serve(path: Path, modules: Sequence[str]) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the minders
     with socket.socket(socket.AF_UNIX) as listener:
         mask = os.umask(0o077)
-        listener.bind(str(path))
+        # Under its own name only once it listens: who sees it may connect.
+        early = path.with_name(f"{path.name}~")
+        listener.bind(str(early))
         os.umask(mask)
         listener.listen()
+        early.rename(path)
         while True:
             connection, _ = listener.accept()
             with connection:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 from openai import OpenAI
@@ -109,7 +108,7 @@ def wait_until_ready(url: str) -> dict[str, Any]:
             with urlopen(f"{url}/ready", timeout=10) as response:
                 status: dict[str, Any] = json.load(response)
                 return status
-        except URLError as error:
+        except OSError as error:  # a server that stalls is no URLError
             read = getattr(error, "read", None)
             last = read().decode(errors="replace") if read else str(error)
         time.sleep(0.1)

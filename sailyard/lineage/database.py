@@ -18,8 +18,9 @@ from sailyard.lineage.schema import HEAD
 if TYPE_CHECKING:
     from sailyard.settings import Settings
 
-# A stage's batch takes milliseconds; half a minute of waiting means a stuck process, not load.
-BUSY_SECONDS = 30
+# A batch takes milliseconds, but a busy machine may leave its writer without a processor for a
+# minute in the middle of it. What waits longer waits for a stuck process.
+BUSY_SECONDS = 120
 
 # Any constant will do, as long as every process asks PostgreSQL for the same lock.
 _MIGRATION_LOCK = 0x5A11

@@ -137,7 +137,7 @@ def test_whoever_has_enough_ends_all_work(inputs: dict[str, Path], cluster: None
 
 
 def _wait_for_the_end(worker: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline, "the worker lives on"
         time.sleep(0.1)
@@ -168,7 +168,7 @@ def test_a_stop_ends_the_stage_and_the_cluster_that_it_started(
         assert stage.stdout is not None
         worker = int(next(line for line in stage.stdout if line.strip().isdigit()))
         stage.send_signal(signal.SIGTERM)
-        assert stage.wait(60) == EXIT_RESUME
+        assert stage.wait(300) == EXIT_RESUME
     _wait_for_the_end(worker)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from operators.processes import free_ports
 from sailyard.yard import Yard
 from tests.dashboard.conftest import Seeded
 from tests.dashboard.seed import FAILED
@@ -47,16 +47,14 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def board(own: Seeded, tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with (tmp_path / "board.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "dashboard", "--port", str(port)], stdout=log, stderr=log
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while True:
             try:
                 if httpx.get(f"{url}/_stcore/health", timeout=5).status_code == 200:
@@ -69,7 +67,7 @@ def board(own: Seeded, tmp_path: Path) -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(timeout=120)
 
 
 def settle(page: Page, title: str) -> None:

@@ -24,7 +24,7 @@ def open_page(name: str, **link: str) -> AppTest:
     test = AppTest.from_string(
         "from dashboard.selection import run_picker\n"
         f"from dashboard.views import {name}\n{name}.page(run_picker())",
-        default_timeout=60,
+        default_timeout=240,
     )
     test.query_params.update(link)
     test.run()
@@ -71,7 +71,7 @@ def test_page_of_a_failed_run(name: str, seeded: Seeded) -> None:
 
 
 def test_board_opens_on_the_newest_run(seeded: Seeded) -> None:
-    test = AppTest.from_file(str(APP), default_timeout=60).run()
+    test = AppTest.from_file(str(APP), default_timeout=240).run()
     assert not test.exception
     assert test.title[0].value == "Runs"
     assert test.sidebar.selectbox[0].value == seeded.failed
@@ -198,7 +198,7 @@ def test_a_database_that_cannot_be_opened_is_said(
 ) -> None:
     monkeypatch.setenv("SAILYARD_DATABASE_URL", f"sqlite:///{tmp_path}/folder.db")
     (tmp_path / "folder.db").mkdir()
-    test = AppTest.from_file(str(APP), default_timeout=60).run()
+    test = AppTest.from_file(str(APP), default_timeout=240).run()
     assert not test.exception
     assert "cannot open the lineage database" in text_of(test)
 

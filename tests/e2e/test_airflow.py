@@ -16,7 +16,7 @@ from sailyard.runs import stage_state
 from sailyard.settings import Settings
 from sailyard.yard import Yard
 
-pytestmark = [pytest.mark.slow, pytest.mark.airflow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.airflow, pytest.mark.timeout(1500)]
 
 DAGS = Path(__file__).parents[2] / "dags"
 TASK = "curation.text"
@@ -45,7 +45,7 @@ def yard(home: Path) -> Yard:
     return Yard(Settings(home=home))
 
 
-def wait_for(what: str, ask: Callable[[], Any], timeout_s: float = 120.0) -> Any:
+def wait_for(what: str, ask: Callable[[], Any], timeout_s: float = 300.0) -> Any:
     """The first true answer."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -77,7 +77,7 @@ def test_cancelling_a_task_ends_its_processes(airflow: LocalAirflow, yard: Yard)
     (pid,) = (state.info.pid for state in stage_state(yard_run, yard) if state.stage == TASK)
     family = [psutil.Process(pid), psutil.Process(pid).parent()]
     client.call("PATCH", path, {"new_state": "failed"})
-    gone, alive = psutil.wait_procs([p for p in family if p], timeout=60)
+    gone, alive = psutil.wait_procs([p for p in family if p], timeout=180)
     assert not alive
     assert len(gone) == 2
     client.fail_run("sail_vl2", run_id)

@@ -18,9 +18,9 @@ from sailyard.stage import EXIT_OK, EXIT_RESUME
 from sailyard.yard import Yard
 
 STAGE = "bootstrap.language"
-CHANGES = [f"{STAGE}.{change}" for change in ("max_steps=16", "checkpoint_every=4", "threads=1")]
+CHANGES = [f"{STAGE}.{change}" for change in ("max_steps=100", "checkpoint_every=4", "threads=1")]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -40,15 +40,18 @@ def test_two_ranks_stop_together_go_on_and_leave_one_result(yard: Yard) -> None:
 
     process = start(yard, run_id, STAGE)
     pointers = Path(yard.settings.store.removeprefix("file://")) / "checkpoints"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(pointers.glob("*/*.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     family = descendants(process.pid)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == EXIT_RESUME
-    assert not [pid for pid in family if Path(f"/proc/{pid}").exists()]
+    assert process.wait(300) == EXIT_RESUME
+    deadline = time.monotonic() + 60
+    while left := [pid for pid in family if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"processes {left} live on"
+        time.sleep(0.1)
     stopped = runs.stage_result(run_id, STAGE, yard)
     assert stopped is not None
     assert stopped.status == "stopped"
@@ -74,7 +77,7 @@ def test_a_rank_that_is_killed_interrupts_the_stage(yard: Yard) -> None:
         time.sleep(0.05)
     victim = next(pid for pid in descendants(process.pid) if _is_follower(pid))
     os.kill(victim, signal.SIGKILL)
-    assert process.wait(120) != EXIT_OK
+    assert process.wait(300) != EXIT_OK
     assert start(yard, run_id, STAGE).wait() == EXIT_OK
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 
+import math_verify
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluation import answers
 from evaluation.answers import (
     UnknownCheck,
     extract_answer,
@@ -96,6 +100,29 @@ def test_math_works_outside_the_main_thread() -> None:
     worker.start()
     worker.join()
     assert results == [True]
+
+
+@pytest.mark.slow
+def test_algebra_that_does_not_end_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MATH_SECONDS", 1.0)
+    before = signal.getsignal(signal.SIGVTALRM)
+    assert not is_correct("\\boxed{9^{9^{9}}}", "3", "math")
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+@pytest.mark.slow
+def test_a_machine_that_pauses_makes_no_answer_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = math_verify.parse
+
+    def paused(text: str, **options: object) -> object:
+        time.sleep(1.5)
+        return parse(text, **options)
+
+    assert is_correct("\\boxed{2/4}", "1/2", "math")  # what the first one loads is no pause
+    monkeypatch.setattr(math_verify, "parse", paused)
+    monkeypatch.setattr(answers, "MATH_SECONDS", 1.0)
+    assert is_correct("\\boxed{2/4}", "1/2", "math")
 
 
 def test_unknown_check_names_itself() -> None:

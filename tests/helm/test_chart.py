@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 def helm(*arguments: str) -> str:
     return subprocess.run(
-        [str(tool("helm")), *arguments], check=True, capture_output=True, text=True, timeout=60
+        [str(tool("helm")), *arguments], check=True, capture_output=True, text=True, timeout=300
     ).stdout
 
 

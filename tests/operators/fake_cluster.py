@@ -357,9 +357,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _create(self, kind: str, namespace: str, body: JSON) -> None:
-        if (kind, body["metadata"]["name"]) in self.cluster.objects:
+        with self.cluster.changed:  # or two at once both find the name free
+            taken = (kind, body["metadata"]["name"]) in self.cluster.objects
+            made = {} if taken else self.cluster.create(kind, namespace, body)
+        if taken:
             return self._status(409, "already exists")
-        return self._json(201, self.cluster.create(kind, namespace, body))
+        return self._json(201, made)
 
     def _review(self, body: JSON) -> None:
         wants = body["spec"]["resourceAttributes"]

@@ -88,12 +88,12 @@ def test_a_restarted_worker_joins_and_cancel_deletes_it_alone(
     handle = launcher.submit(StageJob(stage, run_id))
     other = launcher.submit(StageJob(stage, create_run("2b")))
     assert KubernetesLauncher().submit(StageJob(stage, run_id)) == handle
-    launcher.cancel(handle, 4.0)
+    launcher.cancel(handle, 120.0)
     assert launcher.status(handle) is JobState.INTERRUPTED
     assert "is gone" in why(launcher, handle)
     again = launcher.submit(StageJob(stage, run_id))
     assert again != handle
-    launcher.cancel(handle, 4.0)  # an old handle never ends a newer object
+    launcher.cancel(handle, 120.0)  # an old handle never ends a newer object
     assert launcher.status(again) is launcher.status(other) is JobState.WAITING
 
 
@@ -245,7 +245,7 @@ def use_all(cluster: FakeCluster, job: StageJob) -> None:
     list(lines)
     infos = stage_jobs(connect(launcher.cluster), launcher.cluster)
     assert {info.state for info in infos if info.kind == kind} == {"complete"}
-    launcher.cancel(handle, 4.0)
+    launcher.cancel(handle, 120.0)
     assert not cluster.has(kind.plural, handle)
 
 

@@ -25,7 +25,7 @@ def launch(stage_stand_in: Callable[[str], None]) -> Launch:
     return start
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> bool:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if condition():
@@ -47,7 +47,7 @@ def test_the_stage_is_run_by_the_one_command(launch: Launch) -> None:
 
 
 def test_lines_arrive_while_the_stage_runs(launch: Launch) -> None:
-    launcher, handle = launch("import time; print('first'); time.sleep(60)")
+    launcher, handle = launch("import time; print('first'); time.sleep(600)")
     lines = launcher.logs(handle)
     assert next(lines) == "first"
     assert launcher.status(handle) is JobState.RUNNING
@@ -79,7 +79,7 @@ def test_how_a_stage_ended(launch: Launch, code: str, state: JobState) -> None:
 def test_cancel_ends_every_process_of_the_stage(launch: Launch) -> None:
     launcher, handle = launch(
         "import subprocess, time;"
-        "print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+        "print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
     )
     child = int(next(launcher.logs(handle)))
     launcher.cancel(handle, grace_s=2.0)
@@ -89,19 +89,19 @@ def test_cancel_ends_every_process_of_the_stage(launch: Launch) -> None:
 
 def test_cancel_is_by_force_when_the_stage_will_not_end(launch: Launch) -> None:
     launcher, handle = launch(
-        "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(60)"
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(600)"
     )
     assert next(launcher.logs(handle)) == "on"
     started = time.monotonic()
     launcher.cancel(handle, grace_s=0.3)
     assert wait_until(lambda: gone(int(handle)))
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 120
 
 
 def test_a_helper_that_outlives_its_stage_is_ended_and_does_not_hold_the_log(
     launch: Launch,
 ) -> None:
-    launcher, handle = launch("import subprocess; print(subprocess.Popen(['sleep', '60']).pid)")
+    launcher, handle = launch("import subprocess; print(subprocess.Popen(['sleep', '600']).pid)")
     (pid,) = map(int, launcher.logs(handle))
     assert wait_until(lambda: gone(pid))
 

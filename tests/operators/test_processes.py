@@ -13,14 +13,14 @@ from operators.processes import ServiceDied, Services, free_ports, marked_proces
 
 WITH_RUNAWAY = """
 import subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
 def wait_for(log: Path, word: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while word not in tail(log):
         assert time.monotonic() < deadline, f"no {word!r} in {log}"
         time.sleep(0.02)
@@ -38,7 +38,7 @@ def test_stop_ends_services_and_what_they_started(tmp_path: Path) -> None:
 
 
 def test_a_service_that_ignores_the_request_is_killed(tmp_path: Path) -> None:
-    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(60)"
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(600)"
     services = Services(tmp_path)
     log = tmp_path / "deaf.log"
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -62,7 +62,7 @@ def test_check_names_the_service_that_died_and_shows_its_log(tmp_path: Path) -> 
 
 def test_another_homes_processes_are_left_alone(tmp_path: Path) -> None:
     mine, other = Services(tmp_path / "mine"), Services(tmp_path / "other")
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
     service = other.start("other", sleep, dict(os.environ), tmp_path / "other.log")
     mine.stop()
     assert service.process.poll() is None

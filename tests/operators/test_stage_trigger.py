@@ -34,6 +34,7 @@ CONTEXT: Any = {"ti": SimpleNamespace(xcom_push=lambda *args: None)}
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
     monkeypatch.setattr(kubernetes_follow, "POLL_SECONDS", 0.04)
+    monkeypatch.setattr(kubernetes_follow, "DRAIN_SECONDS", 120.0)
     # The store of these tests lies here, where the test runs what a pod would.
     monkeypatch.setattr(kubernetes, "check_reachable", lambda settings: None)
     fake = FakeCluster()
@@ -68,7 +69,7 @@ def raw_event(trigger: StageTrigger) -> TriggerEvent:
             return event
         raise AssertionError("no event")
 
-    return asyncio.run(asyncio.wait_for(first(), 20))
+    return asyncio.run(asyncio.wait_for(first(), 120))
 
 
 def event_of(trigger: StageTrigger) -> dict[str, Any]:

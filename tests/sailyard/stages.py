@@ -54,6 +54,8 @@ def train(ctx: StageContext) -> None:
         time.sleep(0.01)
         ctx.metric(state["step"], loss=1 / state["step"], first=int(state["hash"][0], 16))
         ctx.progress(state["step"], NUM_STEPS, "hashing")
+        if os.environ.get("HANG_AT") == str(state["step"]):
+            time.sleep(600)
         if os.environ.get("STOP_AT") == str(state["step"]):
             os.kill(os.getpid(), signal.SIGTERM)
         stop = ctx.stop_requested

@@ -160,7 +160,8 @@ json_values = st.recursive(
 
 
 @hypothesis_settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     meta=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), json_values),

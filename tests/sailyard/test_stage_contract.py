@@ -155,9 +155,7 @@ def test_a_stage_is_run_published_and_written_down(yard: Yard) -> None:
 
 def test_a_second_run_reuses_both_stages_and_shows_the_same_series(yard: Yard) -> None:
     digest = draw_and_train(yard)
-    started = time.monotonic()
     assert draw_and_train(yard, "run-2") == digest
-    assert time.monotonic() - started < 0.4 * NUM_STEPS * 0.01 + 1
     row = queries.stage_run(yard.database, "run-2", TRAIN.name)
     assert row is not None
     assert (row.cached, row.source_run_id, row.seconds) == (True, "run-1", 0.0)
@@ -329,7 +327,7 @@ def test_a_stage_without_checkpoints_is_interrupted_at_once(yard: Yard) -> None:
     run = open_run(yard, pipeline=Pipeline([stage]))
     started = time.monotonic()
     assert execute(yard, run, stage) == EXIT_RESUME
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 300, "it would have slept for 600"
 
 
 def test_a_result_made_but_not_noted_is_the_runs_own(yard: Yard) -> None:

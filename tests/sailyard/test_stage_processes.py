@@ -67,19 +67,16 @@ def test_killed_at_any_moment_and_run_again_gives_the_undisturbed_result(yard: Y
         yard.store.delete(key)
     finish(start(DRAW.name))
     rng = random.Random(7)
-    kills = 0
-    while True:
-        process = start(TRAIN.name)
+    for step in (20, 30, 39):
+        process = start(TRAIN.name, HANG_AT=str(step))  # there it waits for a kill that is late
         assert process.stdout is not None
-        if kills < 3:
-            process.stdout.readline()  # it has begun
-            time.sleep(rng.uniform(0, 0.25))
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        output = finish(process)
-        if process.returncode == 0:
-            break
+        process.stdout.readline()  # it has begun
+        time.sleep(rng.uniform(0, 0.25))
+        os.kill(process.pid, signal.SIGKILL)
+        finish(process)
         assert process.returncode == -signal.SIGKILL
+    output = finish(process := start(TRAIN.name))
+    assert process.returncode == 0
     assert "finished" in output
     result = stage_result("run-1", TRAIN.name, yard)
     assert result is not None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import uvicorn
@@ -34,6 +35,17 @@ from serving.versions import Versions, Wanted
 RED, BLUE = Image.new("RGB", (28, 28), "red"), Image.new("RGB", (28, 28), "blue")
 THOUGHT = "<think>5 and 7 make 12</think>\n\\boxed{12}"
 CONTEXT = 512
+
+# Waits long enough for a model to be loaded. Servers come and go, so it keeps no connection.
+http = httpx.Client(timeout=180, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+def wait_until(true: Callable[[], object], told: str) -> None:
+    """Return once it is so. Args: told: What has gone wrong if that takes minutes."""
+    until = time.monotonic() + 180
+    while not true():
+        assert time.monotonic() < until, told
+        time.sleep(0.02)
 
 
 def lessons(greeting: str) -> list[tuple[list[dict[str, str]], list[Image.Image], str]]:
@@ -145,16 +157,15 @@ def serve(
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        until = time.monotonic() + 30
         loaded = yard.promoted is None
-        while not (server.started and (loaded or versions.current)):
-            assert time.monotonic() < until, "the server did not come up"
-            time.sleep(0.01)
+        wait_until(
+            lambda: server.started and (loaded or versions.current), "the server did not come up"
+        )
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}", versions
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(180)
             assert not thread.is_alive(), "the server did not stop"
 
 
@@ -167,7 +178,7 @@ def address(checkpoints: dict[str, Path]) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def make_client() -> Callable[[str], OpenAI]:
-    return lambda url: OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+    return lambda url: OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=180)
 
 
 @pytest.fixture(scope="session")

@@ -145,6 +145,8 @@ def endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoi
         )
         monkeypatch.setenv("KUBECONFIG", str(config))
         monkeypatch.setattr(rollout, "PORT", port)
+        # A pod that is slow to answer is passed over; the tests' own must not be.
+        monkeypatch.setattr(rollout, "_PROBE_SECONDS", 120.0)
         yield found
         server.shutdown()
 

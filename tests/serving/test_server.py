@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -17,7 +16,7 @@ from PIL import Image
 from model.checkpoint import load_model
 from model.generation import generate
 from serving.thinking import split
-from tests.serving.conftest import BLUE, CONTEXT, RED, data_url
+from tests.serving.conftest import BLUE, CONTEXT, RED, data_url, http
 
 THINK = {"chat_template_kwargs": {"enable_thinking": True}}
 
@@ -94,7 +93,7 @@ def test_stream_equals_whole(client: OpenAI, content: str, extra: dict[str, Any]
 
 def test_stream_comes_in_pieces(address: str) -> None:
     body = {"model": "first", "stream": True, "messages": [{"role": "user", "content": "count"}]}
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
+    with http.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
@@ -259,7 +258,7 @@ def test_bad_requests(client: OpenAI, options: dict[str, Any], words: str) -> No
     ids=["empty", "cut", "deep", "null", "surrogate", "not utf-8", "wrong type"],
 )
 def test_not_a_request(address: str, body: bytes) -> None:
-    response = httpx.post(f"{address}/v1/chat/completions", content=body)
+    response = http.post(f"{address}/v1/chat/completions", content=body)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
@@ -267,7 +266,7 @@ def test_not_a_request(address: str, body: bytes) -> None:
 def test_unknown_model_and_route(client: OpenAI, address: str) -> None:
     with pytest.raises(openai.NotFoundError, match="'production' or 'first'"):
         ask(client, "hello", model="gpt-4o")
-    assert httpx.get(f"{address}/v2").json()["error"]["code"] == "not_found"
+    assert http.get(f"{address}/v2").json()["error"]["code"] == "not_found"
 
 
 def test_huge_body(client: OpenAI, address: str) -> None:
@@ -275,7 +274,7 @@ def test_huge_body(client: OpenAI, address: str) -> None:
         ask(client, "x" * 2**21)
     assert error.value.status_code == 413
     # Without a declared length the bytes themselves are counted.
-    response = httpx.post(
+    response = http.post(
         f"{address}/v1/chat/completions", content=(b"x" * 2**16 for _ in range(64))
     )
     assert response.status_code == 413
@@ -294,12 +293,12 @@ def test_models_health_ready_metrics(client: OpenAI, address: str) -> None:
     assert client.models.retrieve("first").id == "first"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("second")
-    assert httpx.get(f"{address}/health").status_code == 200
-    ready = httpx.get(f"{address}/ready")
+    assert http.get(f"{address}/health").status_code == 200
+    ready = http.get(f"{address}/ready")
     assert ready.status_code == 200
     assert ready.json()["model"] == "first"
     ask(client, "hello")
-    figures = httpx.get(f"{address}/metrics").text
+    figures = http.get(f"{address}/metrics").text
     assert 'sailyard_serving_requests_total{status="200"}' in figures
     assert 'sailyard_serving_version{digest="digest-first",model="first"} 1.0' in figures
     assert "sailyard_serving_first_token_seconds_bucket" in figures

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -20,7 +19,7 @@ from sailyard.stage import StageContext, local_context
 from sailyard.yard import Yard
 from serving import smoke
 from serving.probe import SmokeFailed, parts_of, server, wait_until_ready
-from tests.serving.conftest import BLUE, RED
+from tests.serving.conftest import BLUE, RED, http, wait_until
 
 COLOUR = "<image>\nWhich colour?"
 
@@ -90,7 +89,7 @@ def test_smoke_stage(
     assert found["correct"] == {"whole": 1.0, "streamed": 1.0, "thinking": 1.0}
     assert found["reasoned"] == 1.0
     assert found["latency_seconds"]["whole"]["requests"] == 3
-    assert 0 < found["first_token_seconds"] < 10
+    assert found["first_token_seconds"] > 0
     assert found["concurrent"]["requests"] == 16
     answers = json.loads((ctx.output("answers") / "answers.json").read_text())
     assert [a["content"] for a in answers if a["kind"] == "whole"] == ["red", "blue", "12"]
@@ -110,12 +109,9 @@ def test_promoting_is_seen_by_a_running_process(
     with server(["--alias", "production"], tmp_path / "log") as url:
         assert wait_until_ready(url)["model"] == "tiny:1"
         yard.registry.promote("production", "tiny:2")
-        until = time.monotonic() + 30
-        while wait_until_ready(url)["model"] != "tiny:2":
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        wait_until(lambda: wait_until_ready(url)["model"] == "tiny:2", "the promotion is not seen")
         yard.registry.rollback("production", reason="test")
-        assert httpx.post(f"{url}/admin/reload").json()["model"] == "tiny:1"
+        assert http.post(f"{url}/admin/reload").json()["model"] == "tiny:1"
 
 
 @pytest.mark.slow
@@ -123,7 +119,7 @@ def test_server_ends_with_its_parent(checkpoints: dict[str, Path], tmp_path: Pat
     script = (
         "import sys, os, time\nfrom pathlib import Path\nfrom serving.probe import server\n"
         f"with server(['--checkpoint', {str(checkpoints['first'])!r}], Path(sys.argv[1])) as url:\n"
-        "    print(url, flush=True)\n    time.sleep(60)\n"
+        "    print(url, flush=True)\n    time.sleep(600)\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
@@ -133,15 +129,15 @@ def test_server_ends_with_its_parent(checkpoints: dict[str, Path], tmp_path: Pat
     wait_until_ready(url)
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
+
+    def gone() -> bool:
         try:
-            httpx.get(f"{url}/health", timeout=1)
+            http.get(f"{url}/health")
         except httpx.TransportError:
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("the server outlived its parent")
+            return True
+        return False
+
+    wait_until(gone, "the server outlived its parent")
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

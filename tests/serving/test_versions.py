@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 from openai import OpenAI
 
-from tests.serving.conftest import Yard, serve
+from tests.serving.conftest import Yard, http, serve, wait_until
 
 GREETINGS = {"first": "I am first.", "second": "I am second."}
 MakeClient = Callable[[str], OpenAI]
@@ -52,24 +50,31 @@ def test_switching_under_load_drops_nothing(
                 except Exception as error:
                     errors.append(error)
 
+        def wait_for(name: str) -> None:
+            wait_until(
+                lambda: errors or (replies and replies[-1][0] == name), f"{name} does not answer"
+            )
+
         threads = [
             threading.Thread(target=talk, args=(ask,)) for ask in (greet, stream_greeting) * 2
         ]
         for thread in threads:
             thread.start()
-        for name in ("second", "first", "second"):
-            time.sleep(0.3)
-            yard.promoted = name
-            answer = httpx.post(f"{url}/admin/reload").json()
-            assert (answer["changed"], answer["model"]) == (True, name)
-        time.sleep(0.3)
-        stop.set()
+        try:
+            wait_for("first")
+            for name in ("second", "first", "second"):
+                yard.promoted = name
+                answer = http.post(f"{url}/admin/reload").json()
+                assert (answer["changed"], answer["model"]) == (True, name)
+                wait_for(name)
+        finally:
+            stop.set()
         for thread in threads:
             thread.join()
         assert not errors
         assert {name for name, _ in replies} == {"first", "second"}
         assert all(GREETINGS[name] == text for name, text in replies)
-        assert replies[-1][0] == "second"
+        assert greet(client)[0] == "second"
 
 
 def test_a_long_stream_ends_with_the_version_it_began_with(
@@ -85,7 +90,7 @@ def test_a_long_stream_ends_with_the_version_it_began_with(
         old = versions.current
         assert old is not None
         yard.promoted = "second"
-        assert httpx.post(f"{url}/admin/reload").json()["changed"]
+        assert http.post(f"{url}/admin/reload").json()["changed"]
         assert greet(client) == ("second", "I am second.")
         with pytest.raises(openai.NotFoundError, match="no model 'first'"):
             client.chat.completions.create(
@@ -95,26 +100,22 @@ def test_a_long_stream_ends_with_the_version_it_began_with(
         assert {chunk.model for chunk in chunks} == {"first"}
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert text == " ".join(str(n) for n in range(40))
-        until = time.monotonic() + 10
-        while old.engine.alive and time.monotonic() < until:
-            time.sleep(0.02)
-        assert not old.engine.alive, "the old version was not let go"
+        wait_until(lambda: not old.engine.alive, "the old version was not let go")
 
 
 def test_polling_finds_a_promotion(checkpoints: dict[str, Path], make_client: MakeClient) -> None:
     yard = Yard(checkpoints, None)
     with serve(yard, poll_seconds=0.05) as (url, _):
-        assert httpx.get(f"{url}/health").status_code == 200
-        ready = httpx.get(f"{url}/ready")
+        assert http.get(f"{url}/health").status_code == 200
+        ready = http.get(f"{url}/ready")
         assert (ready.status_code, ready.json()["error"]) == (503, "nothing is promoted")
         with pytest.raises(openai.InternalServerError, match="nothing is promoted") as error:
             greet(make_client(url))
         assert error.value.status_code == 503
         yard.promoted = "first"
-        until = time.monotonic() + 20
-        while httpx.get(f"{url}/ready").status_code != 200:
-            assert time.monotonic() < until
-            time.sleep(0.02)
+        wait_until(
+            lambda: http.get(f"{url}/ready").status_code == 200, "the promotion was not found"
+        )
         assert greet(make_client(url)) == ("first", "I am first.")
 
 
@@ -124,46 +125,54 @@ def test_a_broken_promotion_keeps_the_good_version(
     yard = Yard({**checkpoints, "broken": tmp_path}, "first")
     with serve(yard) as (url, _):
         yard.promoted = "broken"
-        answer = httpx.post(f"{url}/admin/reload")
+        answer = http.post(f"{url}/admin/reload")
         assert answer.status_code == 500
         assert "config.json" in answer.json()["error"]
         assert greet(make_client(url)) == ("first", "I am first.")
-        assert 'reloads_total{outcome="failed"} 1.0' in httpx.get(f"{url}/metrics").text
+        assert 'reloads_total{outcome="failed"} 1.0' in http.get(f"{url}/metrics").text
         yard.promoted = "second"
-        assert httpx.post(f"{url}/admin/reload").json()["error"] is None
+        assert http.post(f"{url}/admin/reload").json()["error"] is None
 
 
 def test_key_is_asked_for(checkpoints: dict[str, Path]) -> None:
     with serve(Yard(checkpoints, "first"), api_key="secret") as (url, _):
         for headers in ({"Authorization": "Bearer wrong"}, {}):
-            response = httpx.get(f"{url}/v1/models", headers=headers)
+            response = http.get(f"{url}/v1/models", headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
-        assert httpx.post(f"{url}/admin/reload").status_code == 401
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert http.post(f"{url}/admin/reload").status_code == 401
+        assert http.get(f"{url}/health").status_code == 200
         good = OpenAI(base_url=f"{url}/v1", api_key="secret")
         assert greet(good) == ("first", "I am first.")
 
 
-def test_full_queue_is_said(checkpoints: dict[str, Path], make_client: MakeClient) -> None:
+def test_full_queue_is_said(
+    checkpoints: dict[str, Path], make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {"max_batch": 1, "max_queue": 1}
     body = {"model": "first", "stream": True, "messages": [{"role": "user", "content": "count"}]}
     with serve(Yard(checkpoints, "first"), **options) as (url, versions):
         served = versions.current
         assert served is not None
-        chat = f"{url}/v1/chat/completions"
-        with (
-            httpx.stream("POST", chat, json=body, timeout=30),
-            httpx.stream("POST", chat, json=body, timeout=30),
-        ):
-            refused = httpx.post(chat, json=body | {"stream": False})
-            assert refused.status_code == 429
-            assert refused.json()["error"]["code"] == "queue_full"
+        engine, chat = served.engine, f"{url}/v1/chat/completions"
+        go_on, step = threading.Event(), engine._batch.step
+
+        def held() -> list[int]:
+            go_on.wait(120)
+            return step()
+
+        monkeypatch.setattr(engine._batch, "step", held)
+        with http.stream("POST", chat, json=body):
+            wait_until(lambda: engine.num_running == 1, "the first is not written")
+            with http.stream("POST", chat, json=body):
+                wait_until(lambda: engine.num_waiting == 1, "the second does not wait")
+                refused = http.post(chat, json=body | {"stream": False})
+                assert refused.status_code == 429
+                assert refused.json()["error"]["code"] == "queue_full"
         # Both clients hung up in mid-stream: their rows leave, and the next one is answered.
-        until = time.monotonic() + 10
-        while served.leases or served.engine.num_running:
-            assert time.monotonic() < until, "rows of clients that are gone are still written"
-            time.sleep(0.02)
+        wait_until(lambda: not served.leases, "nobody saw that the clients are gone")
+        go_on.set()
+        wait_until(lambda: not engine.num_running, "rows of clients that are gone are written")
         assert greet(make_client(url))[1] == "I am first."
 
 

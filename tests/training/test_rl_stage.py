@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -140,14 +139,19 @@ def test_a_stop_request_saves_first(tmp_path: Path, checkpoint: Path, prompts: P
 
 
 SCRIPT = """
-import sys
+import sys, time
 from pathlib import Path
 from tests.training.test_rl_stage import context
 from training.rl.stage import run_verifiable
-folder, checkpoint, prompts = map(Path, sys.argv[1:])
+folder, checkpoint, prompts = map(Path, sys.argv[1:4])
 ctx = context(folder, "post_training.verifiable_rl", checkpoint, prompts)
 report = ctx.metric
-ctx.metric = lambda step, **values: (report(step, **values), print("step", step, flush=True))
+def metric(step, **values):
+    report(step, **values)
+    print("step", step, flush=True)
+    if sys.argv[4] == f"step {step}":
+        time.sleep(600)  # however late it is killed, it still runs
+ctx.metric = metric
 run_verifiable(ctx)
 print("done", flush=True)
 """
@@ -164,7 +168,7 @@ def test_sigkill_at_any_step_changes_nothing(
     folder = tmp_path / "killed"
     arguments = [sys.executable, "-c", SCRIPT, str(folder), str(checkpoint), str(prompts)]
     for last in ("step 0", "step 3", "done"):
-        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ)
+        process = subprocess.Popen([*arguments, last], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip() == last:

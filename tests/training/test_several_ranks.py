@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,18 @@ def inputs(materials: dict[str, Path]) -> dict[str, str]:
 
 
 def start(
-    folder: Path, materials: dict[str, Path], ranks: int, recipe: str = "micro", **extra: Any
+    folder: Path,
+    materials: dict[str, Path],
+    ranks: int,
+    recipe: str = "micro",
+    options: Sequence[str] = (),
+    **extra: Any,
 ) -> subprocess.Popen[bytes]:
     module = ["-m", "tests.training.run_entry"]
     if ranks > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         module = [*torchrun, "--shutdown-timeout=120", *module]
-    command = [sys.executable, *module, "--recipe", recipe, STAGE, str(folder)]
+    command = [sys.executable, *module, *options, "--recipe", recipe, STAGE, str(folder)]
     command += [json.dumps(inputs(materials)), *changes(**extra)]
     return subprocess.Popen(command)
 
@@ -139,14 +145,18 @@ def test_muon_takes_whole_matrices_on_two_ranks(materials: dict[str, Path], tmp_
     assert_same(tmp_path / "two", tmp_path / "one", 1e-4)
 
 
-@pytest.mark.parametrize("way", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    "way",
+    [WAYS["zero2"], WAYS["zero3"], {"parallel": "ddp", "expert_parallel": 2}],
+    ids=["zero2", "zero3", "experts spread"],
+)
 def test_experts_train_on_two_ranks_as_on_one(
-    way: str, experts: dict[str, Path], tmp_path: Path
+    way: dict[str, Any], experts: dict[str, Path], tmp_path: Path
 ) -> None:
     # Experts are balanced over what all ranks see at a time: that must be the same rows.
     whole, halves = {"micro_batch_size": 4}, {"micro_batch_size": 2}
     assert start(tmp_path / "one", experts, 1, "micro-moe", **whole).wait() == 0
-    assert start(tmp_path / "two", experts, 2, "micro-moe", **halves, **WAYS[way]).wait() == 0
+    assert start(tmp_path / "two", experts, 2, "micro-moe", **halves, **way).wait() == 0
     assert_same(tmp_path / "two", tmp_path / "one", 1e-5)
 
 
@@ -225,8 +235,7 @@ def test_the_bootstrap_tower_learns_the_same_on_two_ranks(
 def test_a_run_goes_on_with_another_number_of_ranks(
     first: int, then: int, alone: Path, materials: dict[str, Path], tmp_path: Path
 ) -> None:
-    process = start(tmp_path, materials, first)
-    stop_after_a_checkpoint(process, tmp_path, materials, signal.SIGTERM)
+    start_and_stop(tmp_path, materials, first, signal.SIGTERM)
     assert not (tmp_path / "summary.json").exists()
     assert start(tmp_path, materials, then).wait() == 0
     assert 0 < len(losses(tmp_path)) < SETTINGS["max_steps"]
@@ -242,13 +251,12 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 def test_two_ranks_killed_again_and_again_end_with_the_same_weights(
     way: str, materials: dict[str, Path], tmp_path: Path
 ) -> None:
-    steps: dict[str, Any] = {"max_steps": 14, **WAYS[way]}
+    steps: dict[str, Any] = {"max_steps": 16, **WAYS[way]}
     assert start(tmp_path / "undisturbed", materials, 2, **steps).wait() == 0
     moments = random.Random(way)
     killed = tmp_path / "killed"
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        process = start(killed, materials, 2, **steps)
-        stop_after_a_checkpoint(process, killed, materials, number, moments.random() * 0.3, **steps)
+        start_and_stop(killed, materials, 2, number, moments.random() * 0.3, hold=1, **steps)
     assert start(killed, materials, 2, **steps).wait() == 0
     undisturbed = summary(tmp_path / "undisturbed")
     assert summary(killed)["sample_order"] == undisturbed["sample_order"]
@@ -257,12 +265,13 @@ def test_two_ranks_killed_again_and_again_end_with_the_same_weights(
         assert torch.equal(tensor, expected[name]), name
 
 
-def stop_after_a_checkpoint(
-    process: subprocess.Popen[bytes],
+def start_and_stop(
     folder: Path,
     materials: dict[str, Path],
+    ranks: int,
     number: signal.Signals,
     delay: float = 0.0,
+    hold: int = 0,
     **extra: Any,
 ) -> None:
     """Signal a run once it has saved something new; SIGKILL goes to every one of its processes."""
@@ -273,6 +282,7 @@ def stop_after_a_checkpoint(
     key = context(STAGE, folder, paths, settings).cache_key
     watcher = Checkpoints(LocalStore(folder / "store"), key, folder / "watcher")
     before = watcher.latest()
+    process = start(folder, materials, ranks, options=("--hold", str(hold)), **extra)
     while process.poll() is None:
         latest = watcher.latest()
         if latest is not None and (before is None or latest[0] > before[0]):
