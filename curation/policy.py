@@ -15,7 +15,7 @@ from curation.spread import Batch, Batches, Input, spread
 from evaluation.answers import REASONING_SKILLS, boxed_contents, is_correct, parse_number
 from model.chat import THINKING_SUFFIX, with_thinking
 from model.checkpoint import load_model
-from model.device import own_device
+from model.device import inference_dtype, own_device
 from model.generation import Completion, Prompt, generate
 from sailyard.media import decode_image
 from sailyard.samples import Sample, SampleReader
@@ -146,7 +146,7 @@ class Asking:
     """
 
     def __init__(self, policy: Input, sampling: Sampling, seed: int) -> None:
-        self.model, self.processor = load_model(policy.folder())
+        self.model, self.processor = load_model(policy.folder(), inference_dtype())
         self.model.to(own_device())
         self.sampling, self.seed = sampling, seed
 

@@ -142,10 +142,10 @@ def _vit_features(
     if encoded[0].image_grids is None:
         tiles = torch.from_numpy(np.concatenate([item.pixel_values for item in encoded]))
         for batch in tiles.split(TILE_BATCH):
-            yield tower.encode(batch.to(model.device, model.dtype))
+            yield tower.encode(batch.to(tower.device, tower.dtype))
     for item in encoded:
         if item.image_grids is not None:
-            patches = torch.from_numpy(item.pixel_values).to(model.device, model.dtype)
+            patches = torch.from_numpy(item.pixel_values).to(tower.device, tower.dtype)
             grids = torch.from_numpy(item.image_grids)
             yield tower.encode_packed(patches, grids, model.config.downsample)
 

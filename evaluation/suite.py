@@ -30,7 +30,7 @@ from evaluation.paper_tables import for_report
 from evaluation.routing import router_health
 from model.chat import render, with_thinking
 from model.checkpoint import load_model
-from model.device import own_device
+from model.device import inference_dtype, own_device
 from model.generation import Completion, Prompt, generate
 from sailyard.media import decode_image, encode_png
 from sailyard.samples import SKILLS, Sample, read_samples
@@ -225,7 +225,7 @@ def evaluate(
 ) -> CheckpointResult:
     """Load one checkpoint, ask every question, let the checkpoint go again."""
     started = time.monotonic()
-    model, processor = load_model(directory)
+    model, processor = load_model(directory, inference_dtype())
     model.to(own_device())
     modes = {
         DIRECT: ask(

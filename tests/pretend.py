@@ -96,8 +96,11 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     flat = tree_flatten((args, kwargs))[0]
     tensors = [t for t in flat if isinstance(t, Tensor)]
     ours = [t for t in tensors if isinstance(t, Pretended)]
-    if ours and name not in INDEXING | BETWEEN_DEVICES:
-        left = [t for t in tensors if not isinstance(t, Pretended) and t.dim()]
+    if ours and name not in BETWEEN_DEVICES:
+        bound = [args[0], *args[2:3]] if name in INDEXING else tensors
+        alone = not name.startswith("aten::_fused")  # elsewhere a single number may be the CPU's
+        others = [t for t in bound if isinstance(t, Tensor) and not isinstance(t, Pretended)]
+        left = [t for t in others if t.dim() or not alone]
         if left:
             raise RuntimeError(f"{name}: tensors on {DEVICE} and on {left[0].device}")
     wanted = next((value for value in flat if isinstance(value, torch.device)), None)

@@ -13,6 +13,7 @@ from sailyard.media import decode_image
 from sailyard.samples import SampleReader
 from sailyard.stage import StageContext
 from training.supervised import SupervisedRun
+from training.world import join_world
 
 # The view whose figures stand for the stage: what the language model reads, every token scaled as
 # its first RMSNorm scales it. Unscaled, a fresh adapter is "near" only because it is small.
@@ -55,11 +56,19 @@ def measure(ctx: StageContext, model: Any, processor: Any) -> dict[str, Any]:
     reader = SampleReader(ctx.stream("heldout"))
     spread = np.linspace(0, len(reader) - 1, min(metrics.num_images, len(reader))).astype(int)
     images = [decode_image(reader[i].images[0]) for i in spread.tolist()]
-    return alignment_distances(
-        model,
-        processor,
-        images,
-        num_text_rows=metrics.num_text_rows,
-        seed=0,
-        projections=metrics.projections,
-    )
+    home, device = model.device, join_world().device
+    parts = (model.vision_model, model.mlp1)  # of the decoder only the embedding table is read
+    try:
+        for part in parts:
+            part.to(device)
+        return alignment_distances(
+            model,
+            processor,
+            images,
+            num_text_rows=metrics.num_text_rows,
+            seed=0,
+            projections=metrics.projections,
+        )
+    finally:
+        for part in parts:
+            part.to(home)

@@ -92,15 +92,17 @@ def run_vision(ctx: StageContext) -> None:
         )
 
     pictures = {"reference": reference}
-    adapter = arm("adapter", model, ctx.section("bootstrap.adapter"), pictures, first_step)
     if "adapter" not in before:
-        before["adapter"] = essentials(adapter.run(final=False))
+        adapter = arm("adapter", model, ctx.section("bootstrap.adapter"), pictures, first_step)
+        before["adapter"] = essentials(adapter.run(final=False, everywhere=True))
+        model = adapter.model
+        del adapter  # with its optimizer
     everything = arm(
         "main",
-        adapter.model,
+        model,
         ctx.section("bootstrap.vision"),
         {**pictures, "text": ctx.stream("text")},
-        first_step + adapter.total_steps,
+        first_step + before["adapter"]["steps"],
     )
     ctx.summary(**everything.run(), **before)
     save_vision(ctx.output("vision"), everything.model.vision_model)

@@ -250,6 +250,7 @@ def run(ctx: StageContext) -> None:
     model, processor = load_model(ctx.input("captioner"))
     model.to(join_world().device)
     before = measure_judges(model, processor, [reader[p] for p in heldout])
+    model.to("cpu")  # ranks that share it need not hold all of it
     training = SupervisedRun(ctx, model, processor, recipe, {"judges": data})
     figures = training.run()
     model = training.model.to(training.world.device)

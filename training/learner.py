@@ -125,7 +125,8 @@ class Learner:
         """
         named = dict(self.model.named_parameters())
         places = own_tensors(self.model, frozen=True)
-        states: dict[str, dict[str, Tensor]] = {}
+        fused = {id(p) for g in self.optimizer.param_groups if g.get("fused") for p in g["params"]}
+        self.optimizer.state.clear()
         for key, value in exchanged(tensors, self.world):
             kind, _, name = key.partition("/")
             if kind == "model":
@@ -134,17 +135,18 @@ class Learner:
                     checked(places, name, mine).copy_(mine)
             else:
                 name, _, entry = name.rpartition("/")
-                states.setdefault(name, {})[entry] = self._share(name, value)
-        for name in states.keys() - named.keys():
-            raise ValueError(f"the model has no parameter {name!r}, which the checkpoint optimizes")
-        self.optimizer.state.clear()
-        for name, state in states.items():
-            device = named[name].device
-            # Copies: the next step would change what the caller has.
-            self.optimizer.state[named[name]] = {
-                key: value.reshape(()).clone() if key == STEP else value.to(device, copy=True)
-                for key, value in state.items()
-            }
+                if name not in named:
+                    raise ValueError(
+                        f"the model has no parameter {name!r}, which the checkpoint optimizes"
+                    )
+                parameter = named[name]
+                # A fused optimizer counts steps where the weights are, any other on the CPU.
+                there = entry != STEP or id(parameter) in fused
+                mine = value.reshape(()) if entry == STEP else self._share(name, value)
+                # A copy: the next step would change what the caller has.
+                self.optimizer.state[parameter][entry] = mine.to(
+                    parameter.device if there else "cpu", copy=True
+                )
 
     def whole(self) -> nn.Module:
         """The model with all its weights, for rank 0 to save; on the CPU if ranks shared them."""

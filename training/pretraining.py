@@ -18,11 +18,12 @@ def run_basic(ctx: StageContext) -> None:
     paper does (section 3.2.1).
     """
     recipe = ctx.section("pretraining.basic")
-    control = _arm(ctx, recipe, "fixed", 0, None, {})
-    before = carried(ctx, control.total_steps)
-    fixed = before["fixed"] if before else essentials(control.run(final=False))
+    fixed = (carried(ctx, 0) or {}).get("fixed")
+    if fixed is None:
+        # Not kept: the other arm needs its memory.
+        fixed = essentials(_arm(ctx, recipe, "fixed", 0, None, {}).run(final=False))
     settings = recipe.adalrs.model_dump(exclude={"enabled"}) if recipe.adalrs.enabled else None
-    arm = _arm(ctx, recipe, "adalrs", control.total_steps, settings, {"fixed": fixed})
+    arm = _arm(ctx, recipe, "adalrs", fixed["steps"], settings, {"fixed": fixed})
     summary = arm.run()
     kept = {**essentials(summary), "lr_last": summary.get("lr_last", recipe.lr)}
     kept["events"] = summary.pop("adalrs_events", [])

@@ -170,11 +170,12 @@ class SupervisedRun:
             timeout_s=recipe.step_timeout_s,
         )
 
-    def run(self, *, final: bool = True) -> dict[str, Any]:
+    def run(self, *, final: bool = True, everywhere: bool = False) -> dict[str, Any]:
         """Train to the last step, from the stage's newest checkpoint if there is one.
 
         Args:
             final: Nothing else in the stage needs several ranks. All but rank 0 end here.
+            everywhere: Every rank needs the whole `model`, not rank 0 alone.
 
         Returns:
             The arm's summary.
@@ -195,12 +196,13 @@ class SupervisedRun:
         seconds = max(time.monotonic() - started, 1e-9)
         speed = (self.progress.tokens - tokens_at_start) / seconds
         learner = self.engine.learner
-        whole = learner.whole() if final else learner.whole_everywhere()
+        whole = learner.whole_everywhere() if everywhere else learner.whole()
         assert isinstance(whole, SailVLForConditionalGeneration)
         self.model = whole
         if final and self.world.rank.number:
             raise RankDone
-        return self._summary(speed)
+        after = part_digests(self.model) if self.world.rank.number == 0 else {}
+        return self._summary(speed, after if final else self.world.from_first(after))
 
     def _one_step(self, step: int) -> None:
         with self.meter.waiting():
@@ -343,8 +345,7 @@ class SupervisedRun:
                 for name, place in scalars["moments"].items()
             }
 
-    def _summary(self, tokens_per_second: float) -> dict[str, Any]:
-        after = part_digests(self.model)
+    def _summary(self, tokens_per_second: float, after: Mapping[str, str]) -> dict[str, Any]:
         frozen = [part for part in after if part not in self.recipe.trainable]
         changed = [part for part in frozen if after[part] != self.digests_before[part]]
         if changed:
@@ -370,7 +371,7 @@ class SupervisedRun:
             "trainable": list(self.recipe.trainable),
             "frozen_parts_unchanged": True,
             "part_digests_before": self.digests_before,
-            "part_digests_after": after,
+            "part_digests_after": dict(after),
             **packing.summary(),
         }
         if self.adalrs:

@@ -25,6 +25,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -80,7 +82,7 @@ class ZeroLearner(Learner):
         self._make_states()
         for name, parameter in model.named_parameters() if self._half else ():
             if parameter.requires_grad:  # whose master DeepSpeed made of the rounded weights
-                safe_set_full_fp32_param(parameter, exact.pop(name))
+                self._set_master(parameter, exact.pop(name))
 
     def _config(self, recipe: Optimization) -> dict[str, Any]:
         zero: dict[str, Any] = {
@@ -158,7 +160,7 @@ class ZeroLearner(Learner):
             elif kind == "model":
                 self._set_weight(named, name, value)
                 if named[name].requires_grad:
-                    safe_set_full_fp32_param(named[name], value)
+                    self._set_master(named[name], value)
                 elif name in self._frozen:
                     self._frozen[name].copy_(value)
             else:
@@ -169,7 +171,7 @@ class ZeroLearner(Learner):
                     for state in self.optimizer.state.values():
                         state[STEP].copy_(value[0])
                 else:
-                    safe_set_full_optimizer_state(named[name], value, entry)
+                    self._set_master(named[name], value, entry)
 
     def whole(self) -> nn.Module:
         """The model with all its weights in float32; where that is a new one, on rank 0 alone."""
@@ -202,6 +204,22 @@ class ZeroLearner(Learner):
         with self._gathered(named[name], modifier_rank=0), torch.no_grad():
             # Outside this block a ZeRO-3 parameter is empty.
             checked({name: named[name].detach()}, name, value).copy_(value)
+
+    def _set_master(self, parameter: nn.Parameter, value: Tensor, moment: str = "") -> None:
+        """A float32 master or a moment, of which each rank takes its slice."""
+        if self.stage == 3:
+            # DeepSpeed's own way takes no value whose size the ranks do not divide.
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            padded = nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+            part = padded[size * self.world.rank.number :][:size]
+            if moment:
+                safe_set_local_optimizer_state(parameter, part, moment)
+            else:
+                safe_set_local_fp32_param(parameter, part)
+        elif moment:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            safe_set_full_fp32_param(parameter, value)
 
     @contextmanager
     def _gathered(

@@ -21,12 +21,19 @@ from training.world import World
 STEPS = 3
 
 
-def train(micro_batch_size: int) -> dict[str, Any]:
-    """Steps, a checkpoint that is read back, and one more step."""
+def train(micro_batch_size: int, copies: int) -> dict[str, Any]:
+    """Steps of two micro-batches, a checkpoint that is read back, and one more step.
+
+    Args:
+        copies: How often each of the four rows stands before the next, 1 or 2; each is there twice.
+            So a micro-batch of one process holds the rows that four ranks see at a time, over which
+            experts are balanced.
+    """
     settings = {"parallel": "ddp", "expert_parallel": 2, "clip_norm": 0.5}
     model = tiny.network(moe=True)
     engine = Engine(model, recipe(micro_batch_size=micro_batch_size, **settings))
-    batch = engine.world.own(rows())
+    twice = [row for row in rows() for _ in range(copies)] * (2 // copies)
+    batch = engine.world.own(twice)
     sources = [[0] * len(row) for row in batch]
     results = [engine.step(batch, sources, 1e-2) for _ in range(STEPS)]
     saved = engine.learner.tensors()
@@ -45,12 +52,12 @@ def train(micro_batch_size: int) -> dict[str, Any]:
 
 
 def on_this_rank() -> dict[str, Any]:
-    return train(micro_batch_size=1)
+    return train(micro_batch_size=1, copies=2)
 
 
 @pytest.mark.slow
 def test_four_ranks_train_as_one(tmp_path: Path) -> None:
-    alone = train(micro_batch_size=4)
+    alone = train(micro_batch_size=4, copies=1)
     found = on_ranks(on_this_rank, 4, tmp_path)
     for rank in found:
         assert rank["loss"] == pytest.approx(alone["loss"], abs=1e-5)

@@ -42,7 +42,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "zero3 offloaded": {"parallel": "zero3", "offload": "true"},
 }
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,8 @@ def run_stage(
     """The summary of another stage than `STAGE`."""
     module = ["-m", "tests.training.run_entry"]
     if ranks > 1:
-        module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *module]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        module = [*torchrun, *module]
     named = json.dumps({name: str(path) for name, path in paths.items()})
     subprocess.run([sys.executable, *module, stage, str(folder), named, *changes], check=True)
     return summary(folder)

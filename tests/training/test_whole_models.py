@@ -58,6 +58,19 @@ def test_the_captioner_of_two_ranks(
         assert_same_in_float32(outs[1] / output, outs[0] / output)
 
 
+def test_three_ranks_share_what_they_do_not_divide(
+    materials: dict[str, Path], tmp_path: Path
+) -> None:
+    """DeepSpeed pads the slices of ZeRO-3, and masters are set from whole weights."""
+    stage = "post_training.base_sft_2"
+    settings = changes(stage, parallel="zero3", batch_size=3, max_steps=4)
+    paths = {"checkpoint": materials["model"], "instruction": materials["mixed"]}
+    assert run_stage(stage, tmp_path / "one", paths, 1, settings)["steps"] == 4
+    assert run_stage(stage, tmp_path / "three", paths, 3, settings)["ranks"] == 3
+    outs = [tmp_path / name / "work" / stage / "out" / "checkpoint" for name in ("three", "one")]
+    assert_same_in_float32(*outs)
+
+
 def test_the_control_arm_of_basic_pretraining(materials: dict[str, Path], tmp_path: Path) -> None:
     stage = "pretraining.basic"
     settings = changes(
