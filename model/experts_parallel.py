@@ -74,9 +74,9 @@ def _exchanged(
     expert_R = expert_S.new_empty(sum(received))
     dist.all_to_all_single(expert_R, expert_S, received, sent, group=group)
     travelling_SD = _compute_type(hidden_ND)[slot_S // top_k]
-    arrived_RD = _all_to_all(travelling_SD, received, sent, group)
+    arrived_RD: Tensor = all_to_all_single(travelling_SD, received, sent, group)
     result_RD = _with_one_more(experts, arrived_RD, expert_R % num_local)
-    returned_SD = _all_to_all(result_RD, sent, received, group)
+    returned_SD: Tensor = all_to_all_single(result_RD, sent, received, group)
     by_slot = torch.empty_like(returned_SD).index_copy(0, slot_S, returned_SD)
     by_token_NKD = by_slot.view(-1, top_k, by_slot.shape[1])
     return (by_token_NKD * top_k_weights_NK[:, :, None]).sum(dim=1).to(hidden_ND.dtype)
@@ -97,11 +97,3 @@ def _compute_type(x: Tensor) -> Tensor:
     """In the type of the products: under autocast half as much travels."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-
-def _all_to_all(
-    x: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    """Rows of `x`, `sent[p]` to each rank p; `received[p]` from each. Gradients go back."""
-    result: Tensor = all_to_all_single(x, received, sent, group)
-    return result

@@ -98,9 +98,9 @@ def _run(func: Any, *args: Any, **kwargs: Any) -> Any:
     ours = [t for t in tensors if isinstance(t, Pretended)]
     if ours and name not in BETWEEN_DEVICES:
         bound = [args[0], *args[2:3]] if name in INDEXING else tensors
-        alone = not name.startswith("aten::_fused")  # elsewhere a single number may be the CPU's
+        strict = name.startswith("aten::_fused")  # elsewhere a single number may be the CPU's
         others = [t for t in bound if isinstance(t, Tensor) and not isinstance(t, Pretended)]
-        left = [t for t in others if t.dim() or not alone]
+        left = [t for t in others if strict or t.dim()]
         if left:
             raise RuntimeError(f"{name}: tensors on {DEVICE} and on {left[0].device}")
     wanted = next((value for value in flat if isinstance(value, torch.device)), None)

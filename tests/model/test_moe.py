@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from model.calibration import CalibrationError, ExpertCalibrator, measure_multimodal, routers
 from model.moe import RouterMeter, balance_loss, router_z_loss
 from tests.model.tiny import network, pack, samples
+from tests.ranks import on_ranks
 
 
 def logits(num_tokens: int, seed: int = 0, experts: int = 4) -> torch.Tensor:
@@ -115,39 +114,25 @@ SPLITS = (6, 3, 16)  # of 16 tokens, the first rank's; of the last, the second r
 LOSSES = {"balance": lambda x, m, **k: balance_loss(x, 2, m, **k), "z": router_z_loss}
 
 
-def _rank(rank: int, store: str) -> dict[str, torch.Tensor]:
-    """This rank's losses and gradients on its share of the 16 tokens, three more being padding."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def losses_of_this_rank() -> dict[str, torch.Tensor]:
+    """Its losses and gradients on its share of the 16 tokens, three more being padding."""
     results = {}
-    try:
-        for split in SPLITS:
-            share = logits(16, 7)[:split] if rank == 0 else logits(16, 7)[split:]
-            mask = torch.arange(len(share) + 3) < len(share)
-            for name, function in LOSSES.items():
-                mine = torch.cat([share, 9 * logits(3, rank)]).requires_grad_()
-                loss = function([mine], mask, coefficient=1.0, all_reduce=True)
-                loss.backward()
-                results[f"{name}.{split}.loss"] = loss.detach()
-                results[f"{name}.{split}.gradient"] = mine.grad[: len(share)].clone()
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    rank = dist.get_rank()
+    for split in SPLITS:
+        share = logits(16, 7)[:split] if rank == 0 else logits(16, 7)[split:]
+        mask = torch.arange(len(share) + 3) < len(share)
+        for name, function in LOSSES.items():
+            mine = torch.cat([share, 9 * logits(3, rank)]).requires_grad_()
+            loss = function([mine], mask, coefficient=1.0, all_reduce=True)
+            loss.backward()
+            results[f"{name}.{split}.loss"] = loss.detach()
+            results[f"{name}.{split}.gradient"] = mine.grad[: len(share)].clone()
     return results
-
-
-def _other_rank(store: str, result: str) -> None:
-    save_file(_rank(1, store), result)
 
 
 @pytest.mark.slow
 def test_global_losses_equal_the_joint_batch_however_it_is_split(tmp_path):
-    store, result = str(tmp_path / "store"), str(tmp_path / "rank1.safetensors")
-    other = multiprocessing.get_context("spawn").Process(target=_other_rank, args=(store, result))
-    other.start()
-    local = _rank(0, store)
-    other.join()
-    remote = load_file(result)
+    local, remote = on_ranks(losses_of_this_rank, 2, tmp_path)
     for name, function in LOSSES.items():
         joint = logits(16, 7).requires_grad_()
         expected = function([joint], None, coefficient=1.0)
